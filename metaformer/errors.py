@@ -1,0 +1,46 @@
+"""Wrong input ends in one clear sentence and exit status 2, never in a traceback."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one sentence that names it and the mend."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the known name most like ``name``, or an empty string."""
+    match = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and exit with its status; an ``InputError`` prints its sentence and exits with 2.
+
+    ``METAFORMER_TRACEBACK=1`` shows the traceback as well. Under torchrun the failure goes to its error file, so that
+    the launcher can report the first failure of many workers once.
+    """
+    try:
+        sys.exit(main() or 0)
+    except Exception as error:
+        wrong_input = isinstance(error, InputError)
+        if wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
+            if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                report_to_torchrun(error)
+            else:
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            report_to_torchrun(error)
+            sys.exit(1)
+        raise
+
+
+def report_to_torchrun(error: Exception) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)

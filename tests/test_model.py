@@ -1,0 +1,428 @@
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+import timm.models.metaformer as timm_metaformer
+import torch
+from oracles import HF_NAMES, OFFICIAL_NAMES, TIMM_NAMES, hf_twin, randomise, relative_error, renamed, timm_twin
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+import metaformer
+from metaformer import VARIANTS, InputError, MetaFormer, MetaFormerBlock
+
+ROOT = Path(__file__).parents[1]
+# Published: mmpretrain's configs/poolformer/metafile.yml (Parameters), all five exact.
+PARAMETERS = {
+    "poolformer_s12": 11_915_176,
+    "poolformer_s24": 21_388_968,
+    "poolformer_s36": 30_862_760,
+    "poolformer_m36": 56_172_520,
+    "poolformer_m48": 73_473_448,
+}
+PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 75, 64, generator=torch.Generator().manual_seed(1))
+
+
+def model_of(name: str, **kwargs) -> MetaFormer:
+    return timm.create_model(name, **kwargs)
+
+
+def test_no_variant_is_left_out():
+    assert VARIANTS.keys() == PARAMETERS.keys()
+    timms_own = {name for name in timm_metaformer.default_cfgs if re.match(r"poolformer_[sm]\d", name)}
+    assert VARIANTS.keys() == timms_own
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameter_count_is_the_published_one(name):
+    with torch.device("meta"):
+        model = MetaFormer(VARIANTS[name].depths, VARIANTS[name].dims)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_registered_with_timm_in_place_of_timms_own(name):
+    model = model_of(name, num_classes=10)
+    assert type(model) is MetaFormer
+    assert type(getattr(timm_metaformer, name)(num_classes=10)) is timm_metaformer.MetaFormer
+    theirs = timm_metaformer.default_cfgs[name].default
+    ours = model.pretrained_cfg
+    assert ours["tag"] == "sail_in1k"
+    assert ours["url"] == f"https://github.com/sail-sg/poolformer/releases/download/v1.0/{name}.pth.tar"
+    for key in ("crop_pct", "interpolation", "mean", "std", "input_size"):
+        assert ours[key] == getattr(theirs, key), key
+
+
+def test_import_needs_no_other_toolbox_and_works_from_any_folder(tmp_path):
+    blocked = "mmdet mmseg mmcv mmengine transformers fvcore yaml matplotlib pydantic"
+    code = f"import sys; sys.modules.update(dict.fromkeys('{blocked}'.split())); import metaformer"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_timms_trunk_and_transformers_logits(name, dtype, tolerance, images):
+    model = randomise(model_of(name, num_classes=10)).to(dtype).eval()
+    images = images.to(dtype)
+    with torch.inference_mode():
+        features = model.forward_features(images)
+        assert relative_error(features, timm_twin(name, model).forward_features(images)) < tolerance
+        assert relative_error(model(images), hf_twin(model)(images).logits) < tolerance
+        assert torch.equal(model(images), model.forward_head(features))
+
+
+def gradients(model: nn.Module, outputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    outputs.pow(2).mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("oracle", ["timm", "transformers"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_equal_those_of_timm_and_transformers(name, oracle, dtype, tolerance, images):
+    model = randomise(model_of(name, num_classes=10)).to(dtype).train()
+    images = images[:, :, :40, :40].to(dtype)
+    if oracle == "timm":
+        twin, names = timm_twin(name, model), TIMM_NAMES
+        theirs = gradients(twin, twin.forward_features(images))
+        ours = gradients(model, model.forward_features(images))
+    else:
+        twin, names = hf_twin(model), HF_NAMES
+        theirs = gradients(twin, twin(images).logits)
+        ours = gradients(model, model(images))
+    ours = renamed(ours, names)
+    assert ours.keys() == theirs.keys()
+    # norm1.bias cancels in pool(x) - x, so that its gradient is rounding, here as there.
+    compared = [key for key in theirs if not re.search(r"(norm1|before_norm)\.bias", key)]
+    assert len(compared) >= len(theirs) - sum(VARIANTS[name].depths)
+    assert max(relative_error(ours[key], theirs[key]) for key in compared) < 10 * tolerance
+    flat = [torch.cat([grads[key].flatten() for key in compared]) for grads in (ours, theirs)]
+    assert relative_error(*flat) < tolerance
+
+
+@pytest.mark.parametrize("half", ["token mixer", "channel MLP"])
+def test_drop_path_drops_whole_branches_per_sample_at_the_right_rate_and_scale(half):
+    rate, samples = 0.3, 4000
+    if half == "token mixer":
+        block = MetaFormerBlock(4, drop_path=rate, layer_scale_init=1.0, mlp_ratio=None)
+    else:
+        block = MetaFormerBlock(4, drop_path=rate, layer_scale_init=1.0, token_mixer=lambda dim: Zero())
+    torch.manual_seed(0)
+    x = torch.randn(samples, 4, 3, 3)
+    branch = block.eval()(x) - x
+    dropped_out = block.train()(x) - x
+    kept = dropped_out.flatten(1).abs().sum(1) > 0
+    assert torch.allclose(dropped_out[kept], branch[kept] / (1 - rate), atol=1e-5)
+    assert dropped_out[~kept].count_nonzero() == 0
+    expected, deviation = samples * (1 - rate), (samples * rate * (1 - rate)) ** 0.5
+    assert abs(kept.sum().item() - expected) < 4 * deviation
+
+
+class Zero(nn.Module):
+    def forward(self, x):
+        return 0 * x
+
+
+def test_the_two_branches_are_dropped_independently():
+    torch.manual_seed(0)
+    block = MetaFormerBlock(4, drop_path=0.5, layer_scale_init=1.0, token_mixer=lambda dim: Plus(1.0))
+    block.mlp = Plus(10.0)
+    block.norm1 = block.norm2 = Zero()
+    outcomes = Counter(block.train()(torch.zeros(4000, 4, 2, 2))[:, 0, 0, 0].int().tolist())
+    assert outcomes.keys() == {0, 2, 20, 22}
+    assert all(abs(count - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5 for count in outcomes.values())
+
+
+class Plus(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return x + self.value
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_drop_path_grows_linearly_as_in_timm(name):
+    def rates(model):
+        return [getattr(m, "drop_prob", None) for m in model.modules() if type(m).__name__ == "DropPath"]
+
+    ours = rates(model_of(name, drop_path_rate=0.4))
+    theirs = rates(getattr(timm_metaformer, name)(drop_path_rate=0.4))
+    assert len(ours) == sum(VARIANTS[name].depths) - 1  # the first block drops nothing
+    assert ours == pytest.approx(theirs[::2])  # timm has one module for each half of a block
+    assert ours == pytest.approx(torch.linspace(0, 0.4, len(ours) + 1)[1:].tolist())
+
+
+@pytest.mark.parametrize(("name", "layer_scale"), [("poolformer_s24", 1e-5), ("poolformer_s36", 1e-6)])
+def test_initialisation_is_the_official_one(name, layer_scale):
+    torch.manual_seed(0)
+    model = model_of(name)
+    for key, parameter in model.state_dict().items():
+        if "layer_scale" in key:
+            assert (parameter == layer_scale).all()
+        elif "norm" in key:
+            assert (parameter == float(key.endswith("weight"))).all()
+        elif key.startswith("stem") or "downsample" in key:  # PyTorch's default: uniform within 1 / sqrt(fan in)
+            bound = model.state_dict()[key.replace("bias", "weight")][0].numel() ** -0.5
+            assert parameter.abs().max() <= bound
+            assert parameter.std() == pytest.approx(bound / 3**0.5, rel=0.3)
+        elif key.endswith("bias"):
+            assert (parameter == 0).all()
+        else:
+            assert parameter.std() == pytest.approx(0.02, rel=0.02)
+
+
+def test_classifier_arguments(images):
+    features = model_of("poolformer_s12", num_classes=0).eval()
+    assert features(images).shape == (2, 512)
+    assert model_of("poolformer_s12", num_classes=0, global_pool="")(images).shape == (2, 512, 3, 2)
+    model = model_of("poolformer_s12", num_classes=7, in_chans=1)
+    assert model(images[:, :1]).shape == (2, 7)
+    assert model.forward_head(model.forward_features(images[:, :1]), pre_logits=True).shape == (2, 512)
+    model.reset_classifier(11)
+    assert (model.num_classes, model.get_classifier().out_features) == (11, 11)
+    assert model(images[:, :1]).shape == (2, 11)
+    model.reset_classifier(0)
+    assert model(images[:, :1]).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2), (-1,)])
+def test_features_only_and_forward_intermediates_equal_timm(out_indices, images):
+    model = randomise(model_of("poolformer_s12")).eval()
+    theirs = timm_metaformer.poolformer_s12(features_only=True, out_indices=out_indices).eval()
+    twin = timm_twin("poolformer_s12", model)
+    flat = {key.replace("stages.", "stages_"): value for key, value in twin.state_dict().items()}
+    theirs.load_state_dict({key: flat[key] for key in theirs.state_dict()})
+    ours = model_of("poolformer_s12", features_only=True, out_indices=out_indices).eval()
+    own = model.state_dict()
+    ours.load_state_dict({key: own[key.removeprefix("model.")] for key in ours.state_dict()})
+    with torch.inference_mode():
+        expected = theirs(images)
+        assert ours.feature_info.channels() == theirs.feature_info.channels()
+        assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+        _, intermediates = model.forward_intermediates(images, indices=list(out_indices))
+        for features in (ours(images), intermediates):
+            assert len(features) == len(expected)
+            assert all(relative_error(*pair) < 1e-5 for pair in zip(features, expected, strict=True))
+
+
+def test_forward_intermediates_options(images):
+    model = randomise(model_of("poolformer_s12")).eval()
+    with torch.inference_mode():
+        final, intermediates = model.forward_intermediates(images)
+        assert torch.equal(final, model.forward_features(images))
+        normed = model.forward_intermediates(images, norm=True, intermediates_only=True)
+        assert all(torch.equal(*pair) for pair in zip(normed[:3], intermediates[:3], strict=True))
+        assert torch.equal(normed[3], model.norm(final))
+        early, _ = model.forward_intermediates(images, indices=[1], stop_early=True)
+        assert torch.equal(early, intermediates[1])
+    with pytest.raises(InputError, match="NCHW"):
+        model.forward_intermediates(images, output_fmt="NLC")
+
+
+def test_layer_decay_orders_the_parameters_by_depth():
+    model = model_of("poolformer_s12", num_classes=10)
+    for coarse, layers in [(False, 1 + 12 + 1), (True, 1 + 4 + 1)]:
+        matcher = model.group_matcher(coarse)
+        model.group_matcher = lambda coarse=False, matcher=matcher: matcher
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        scales = {
+            names[parameter]: group["lr_scale"]
+            for group in param_groups_layer_decay(model, layer_decay=0.5)
+            for parameter in group["params"]
+        }
+        assert scales.keys() == set(names.values())
+        assert len({scales[name] for name in scales}) == layers
+        assert scales["head.weight"] == scales["norm.weight"] == 1
+        assert scales["stages.3.blocks.1.mlp.fc2.weight"] == 0.5
+        order = [
+            "stem.bias",
+            "stages.0.blocks.0.norm1.weight",
+            "stages.1.downsample.weight",
+            "stages.2.downsample.bias",
+        ]
+        assert sorted(order, key=scales.get) == order
+        assert scales["stages.1.downsample.weight"] == scales["stages.1.blocks.0.mlp.fc1.weight"]
+        del model.group_matcher
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 65), (100, 75), (223, 225)])
+def test_any_input_size(size, images):
+    model = randomise(model_of("poolformer_s12", num_classes=10)).eval()
+    images = nn.functional.interpolate(images, size, mode="bilinear")
+    with torch.inference_mode():
+        assert relative_error(model(images), hf_twin(model)(images).logits) < 1e-5
+
+
+def test_channels_last(images):
+    model = randomise(model_of("poolformer_s12", num_classes=10)).eval()
+    with torch.inference_mode():
+        expected = model(images)
+        features = model.to(memory_format=torch.channels_last).forward_features(
+            images.to(memory_format=torch.channels_last)
+        )
+        assert features.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(model.forward_head(features), expected) < 1e-5
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_torch_compile_has_no_graph_breaks(train, images):
+    model = randomise(model_of("poolformer_s12", num_classes=10, drop_path_rate=0.1)).train(train)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # needs no C++ compiler, unlike inductor
+    torch.manual_seed(0)
+    expected = model(images)
+    torch.manual_seed(0)
+    assert relative_error(compiled(images), expected) < 1e-5
+
+
+def test_torch_export_with_dynamic_batch_and_size(images):
+    model = randomise(model_of("poolformer_s12", num_classes=10)).eval()
+    shapes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = torch.export.export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(shapes,)).module()
+    with torch.inference_mode():
+        for x in (images, images[:1, :, :64, :50].repeat(3, 1, 1, 1)):
+            assert relative_error(exported(x), model(x)) < 1e-5
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(images):
+    model = randomise(model_of("poolformer_s12", num_classes=10, drop_path_rate=0.5)).train()
+    results = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        runs = []
+        hook = model.stages[2].blocks[3].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        torch.manual_seed(0)
+        results.append({name: grad.clone() for name, grad in gradients(model, model(images)).items()})
+        hook.remove()
+        assert len(runs) == 1 + enable
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_stage_arguments():
+    mixers = [nn.Identity, metaformer.Pooling, nn.Identity, metaformer.Pooling]
+    model = MetaFormer(token_mixers=mixers, norm_layers=[nn.BatchNorm2d] * 3 + [metaformer.MLN], num_classes=3)
+    for stage, mixer, norm in zip(model.stages, mixers, [nn.BatchNorm2d] * 3 + [metaformer.MLN], strict=True):
+        assert {type(block.token_mixer) for block in stage.blocks} == {mixer}
+        assert {type(block.norm2) for block in stage.blocks} == {norm}
+    assert type(model.norm) is metaformer.MLN
+    with pytest.raises(InputError, match="token_mixers has 3 entries"):
+        MetaFormer(token_mixers=mixers[:3])
+
+
+def test_residual_and_channel_mlp_can_be_left_out(images):
+    x = images[:, :, :8, :8].repeat(1, 2, 1, 1)[:, :4]
+    block = randomise(MetaFormerBlock(4, mlp_ratio=None, residual=False, layer_scale_init=None))
+    assert torch.equal(block(x), block.token_mixer(block.norm1(x)))
+    assert [name for name, _ in block.named_parameters()] == ["norm1.weight", "norm1.bias"]
+    with torch.device("meta"):
+        # Table 5: 2.5 M parameters without channel MLP
+        model = MetaFormer(mlp_ratio=None)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 2.5
+
+
+def test_readme_snippets_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert any("token_mixers=" in block for block in blocks)
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True)
+
+
+def test_wrong_images_are_named():
+    model = model_of("poolformer_s12")
+    with pytest.raises(InputError, match=r"\(2, 4, 32, 32\).*expected \(batch, 3, height, width\)"):
+        model(torch.zeros(2, 4, 32, 32))
+    with pytest.raises(InputError, match="global_pool"):
+        model_of("poolformer_s12", global_pool="max")
+
+
+@pytest.fixture
+def official_release(tmp_path, monkeypatch):
+    """A file as the official release has them, at an address: weights, and the model they came from."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    model = randomise(model_of("poolformer_s12")).eval()
+    path = tmp_path / "poolformer_s12.pth.tar"
+    torch.save(renamed(model.state_dict(), OFFICIAL_NAMES), path)
+    return model, path
+
+
+def test_pretrained_reads_the_official_release(official_release, images):
+    model, path = official_release
+    overlay = {"url": path.as_uri()}
+    loaded = model_of("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
+    fine_tuned = model_of(
+        "poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, in_chans=1
+    ).eval()
+    assert fine_tuned.stem.weight.shape == (64, 1, 7, 7)
+    assert torch.equal(fine_tuned.stages[3].blocks[1].mlp.fc2.weight, model.stages[3].blocks[1].mlp.fc2.weight)
+    features = model_of("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(features(images)[-1], model.forward_features(images))
+
+
+def test_load_weights_is_all_or_nothing(official_release, tmp_path, images):
+    model, path = official_release
+    loaded = model_of("poolformer_s12").eval()
+    metaformer.load_weights(loaded, path)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
+    with pytest.raises(InputError, match="another architecture.*missing.*stages"):
+        metaformer.load_weights(model_of("poolformer_s24"), path)
+    with pytest.raises(InputError, match=r"1000 classes and the model one of 5: use replace_head=true"):
+        metaformer.load_weights(model_of("poolformer_s12", num_classes=5), path)
+    small = model_of("poolformer_s12", num_classes=5)
+    head = small.head.weight.clone()
+    metaformer.load_weights(small, path, replace_head=True)
+    assert torch.equal(small.head.weight, head)
+    assert torch.equal(small.stem.weight, model.stem.weight)
+    averaged = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({"state_dict": model.state_dict(), "state_dict_ema": averaged}, tmp_path / "ours.pt")
+    metaformer.load_weights(loaded, tmp_path / "ours.pt", ema=True)
+    assert torch.equal(loaded.stem.weight, model.stem.weight + 1)
+    metaformer.load_weights(loaded, tmp_path / "ours.pt")
+    assert torch.equal(loaded.stem.weight, model.stem.weight)
+
+
+class Executes:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "there is no checkpoint"),
+        (b"", "damaged"),
+        (b"not a checkpoint", "damaged"),
+        ("truncated", "damaged"),
+        (Executes(), "could run code"),
+        ([1, 2], "holds a list"),
+        ({"weight": torch.zeros(3)}, "another architecture"),
+    ],
+)
+def test_unusable_checkpoints_end_in_one_sentence(content, sentence, official_release, capsys):
+    _, path = official_release
+    if content is None:
+        path.unlink()
+    elif content == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=sentence) as error:
+        metaformer.load_weights(model_of("poolformer_s12"), path)
+    assert "\n" not in str(error.value)
+    assert "executed" not in capsys.readouterr().out
