@@ -378,7 +378,7 @@ def test_load_weights_is_all_or_nothing(official_release, tmp_path, images):
     metaformer.load_weights(loaded, path)
     with torch.inference_mode():
         assert torch.equal(loaded(images), model(images))
-    with pytest.raises(InputError, match="another architecture.*missing.*stages"):
+    with pytest.raises(InputError, match=r"another architecture.*missing.*stages"):
         metaformer.load_weights(model_of("poolformer_s24"), path)
     with pytest.raises(InputError, match=r"1000 classes and the model one of 5: use replace_head=true"):
         metaformer.load_weights(model_of("poolformer_s12", num_classes=5), path)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Train on all GPUs of this machine, or on its CPU where it has none:
+#
+#   bash classification/dist_train.sh [CONFIG] [key=value | --key value | --flag]...
+#
+# CONFIG is a file (default: configs/classification/mnist.yaml, a few minutes on a CPU) or the folder of an earlier run,
+# which then continues. From the environment:
+#   GPUS         processes on this machine (default: its GPUs, or 1); on a CPU, GPUS=2 makes two processes
+#   NNODES       machines (default 1); on each of them run the same command with
+#   NODE_RANK    its number from 0, and
+#   MASTER_ADDR  the address of machine 0 (default 127.0.0.1)
+#   PORT         a free port there (default 29500)
+#   PYTHON       interpreter (default: the active environment's, else that of .venv in this checkout)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/../.venv/bin/python" ]; then
+    PYTHON=$here/../.venv/bin/python
+  fi
+fi
+exec "$PYTHON" "$here/launch.py" "$@"

@@ -1,0 +1,90 @@
+"""The processes of a run: one per device, started by torchrun (or a single one by hand), NCCL on GPUs, gloo on CPUs."""
+
+import os
+import signal
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metaformer.errors import InputError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""A scheduler's, a person's, and the warning that Slurm can send before the end of a job's time."""
+
+
+@dataclass
+class Processes:
+    """This process among all of the run."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    local_world: int = 1
+    control: dist.ProcessGroup | None = None
+    """A gloo group for decisions: these must not wait for the GPU's queue."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: int) -> int:
+        """The largest flag of all processes."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(flag)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return int(flags)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all processes, on the CPU in float64."""
+        values = values.detach().to("cpu", torch.float64)
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def from_main(self, value: object) -> object:
+        """The main process's value."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def default_workers(self) -> int:
+        """One loader process for each core that this device's share of the machine has."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world)
+
+
+def join() -> Processes:
+    """Join the other processes as torchrun's environment tells; without it this is the only one."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"{local_world} processes need {local_world} GPUs and this machine shows {torch.cuda.device_count()}: "
+                "set GPUS to that"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world == 1:
+        return Processes(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    return Processes(device, rank, world, local_world, control)
+
+
+class StopSignal:
+    """Remembers the first stop signal, so that the run can save and exit; a second Ctrl-C acts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,72 @@
+"""What dist_train.sh runs: torchrun with this machine's defaults, and errors as one sentence instead of its report."""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from metaformer.errors import InputError, run_command
+
+TRAIN = Path(__file__).with_name("train.py")
+
+
+def number(name: str, default: int, least: int = 1) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit() or int(text) < least:
+        raise InputError(f"{name}={text} in the environment: use a whole number from {least}")
+    return int(text)
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    gpus = torch.cuda.device_count()
+    processes, nodes = number("GPUS", gpus or 1), number("NNODES", 1)
+    node, port = number("NODE_RANK", 0, least=0), number("PORT", 29500)
+    if gpus and processes > gpus:
+        raise InputError(f"GPUS={processes}, but this machine shows {gpus}")
+    os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/dist_train.sh", *arguments])
+    os.environ["METAFORMER_START"] = f"{datetime.now():%Y%m%d-%H%M%S}"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    if processes == nodes == 1:
+        os.execv(sys.executable, [sys.executable, str(TRAIN), *arguments])
+
+    rendezvous = [f"--nnodes={nodes}", f"--node_rank={node}", f"--master_port={port}"]
+    rendezvous.append(f"--master_addr={os.environ.get('MASTER_ADDR', '127.0.0.1')}")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(parse_args([*rendezvous, f"--nproc_per_node={processes}", str(TRAIN), *arguments]))
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as error:
+        return report(error)
+    return 0
+
+
+def report(error: ChildFailedError) -> int:
+    """Say what the first process that failed said; its exit status is ours."""
+    rank, failure = error.get_first_failure()
+    status = failure.exitcode
+    if status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR2):
+        return status  # it saved and said so
+    if status < 0:
+        print(f"error: process {rank} was killed by {signal.Signals(-status).name}", file=sys.stderr)
+        return 128 - status
+    details = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
+    if isinstance(details, dict):
+        message, traceback = details["message"], details.get("extraInfo", {}).get("py_callstack", "")
+        print(f"error: {message.removeprefix('InputError: ')}" if status == 2 else traceback, file=sys.stderr)
+    else:
+        print(f"error: process {rank} ended with status {status}: {details}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,99 @@
+"""Where a result comes from: command, commit, versions, hardware, date."""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from metaformer.errors import InputError
+
+PACKAGES = ("metaformer", "torch", "torchvision", "timm", "numpy", "pillow", "transformers", "mmengine", "mmcv-lite")
+
+
+def provenance() -> dict[str, Any]:
+    """Command, commit (with whether files differ from it), versions, hardware and time of start, ready for JSON."""
+    return {
+        # The launcher knows what was typed; the processes it starts see another command line.
+        "command": os.environ.get("METAFORMER_COMMAND") or shlex.join(["python", *sys.argv]),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **installed(), "cuda": torch.version.cuda},
+        "hardware": hardware(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def installed() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def git(*arguments: str) -> str | None:
+    """Output of a git command in this checkout; None outside one, or without git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have ``write`` fill a file beside ``path``, then rename it: who reads ``path`` finds all of the old or the new.
+
+    Raises:
+        InputError: it cannot be written; the old file is still there.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        beside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    write_file(path, lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
