@@ -136,12 +136,8 @@ def check_folder(root: str | None, split: str) -> None:
 def class_names(dataset: Dataset) -> list[str] | None:
     """Names of the classes in the order of their labels, where the data set tells them."""
     reader = getattr(dataset, "reader", dataset)
-    mapping = getattr(reader, "class_to_idx", None)
-    if mapping:
-        return sorted(mapping, key=mapping.get)
-    features = getattr(getattr(reader, "dataset", None), "features", None)
-    label = features and features.get(getattr(reader, "label_key", "label"))
-    return list(label.names) if hasattr(label, "names") else None
+    mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # the latter: tars
+    return sorted(mapping, key=mapping.get) if mapping else None
 
 
 def check_same_classes(config: Config, train: list[str] | None, val: list[str] | None) -> None:

@@ -249,7 +249,7 @@ class Trainer:
         self.stop = StopSignal()
         main = self.processes.is_main
         first_step = self.epoch * self.steps + self.step
-        self.board = SummaryWriter(str(self.output), purge_step=first_step) if main else None
+        self.board = SummaryWriter(str(self.output), purge_step=first_step + 1) if main else None
         self.bar = tqdm(
             total=self.epochs * self.steps,
             initial=first_step,

@@ -1,0 +1,65 @@
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import train
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "model_args={depths: [1, 1, 2, 1], dims: [8, 12, 16, 24]}",
+    "img_size=32",
+    "global_batch=8",
+    "device_batch=4",
+    "epochs=2",
+    "lr=0.002",
+    "workers=0",
+    "log_interval=1",
+]
+"""A small model on small pictures; the code is that of every other run."""
+EVERYTHING_RANDOM = [
+    "auto_augment=rand-m9-mstd0.5-inc1",
+    "mixup=0.8",
+    "cutmix=1.0",
+    "smoothing=0.1",
+    "erase_prob=0.5",
+    "drop_path=0.5",
+    "drop=0.2",
+    "ema_decay=0.9",
+]
+
+
+def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: str = "abc") -> Path:
+    """Class folders of pictures of odd sizes; each class has a colour, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    for split, images in (("train", train_images), ("val", val_images)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(images // len(classes)):
+                pixels = rng.integers(0, 120, (36 + i, 45, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 100
+                Image.fromarray(pixels).save(root / split / name / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("pictures"), val_images=9)
+
+
+@pytest.fixture
+def run(tmp_path, pictures, monkeypatch):
+    """Train in this process: run("key=value", ...) gives the run's folder; signal handlers are put back."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+
+    def run(*settings: str, output: str = "run", status: int = 0) -> Path:
+        config = tmp_path / "empty.yaml"
+        config.write_text("")
+        assert train.main([str(config), f"data_dir={pictures}", f"output={output}", *TINY, *settings]) == status
+        return tmp_path / output
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,439 @@
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import train
+import validate
+import yaml
+from config import CONFIGS, load_config
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
+from oracles import relative_error
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision import transforms
+
+import metaformer
+from metaformer.weights import read_checkpoint
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder):
+    return [(row["epoch"], row["train_loss"], row["val_loss"], row["top1"], row["top5"]) for row in rows(folder)]
+
+
+def same_weights(one, other):
+    for key in ("state_dict", "state_dict_ema"):
+        a, b = (read_checkpoint(folder / "last.pt").get(key, {}) for folder in (one, other))
+        if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
+            return False
+    return True
+
+
+def interrupt(monkeypatch, after, number=signal.SIGTERM):
+    """Send this process a signal while its optimizer takes step ``after`` (counted from 1) of the run."""
+    original, taken = train.Trainer.optimizer_step, []
+
+    def step(self, batches):
+        original(self, batches)
+        taken.append(1)
+        if len(taken) == after:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.Trainer, "optimizer_step", step)
+
+
+def shell(*arguments, cwd, status=0, **environment):
+    done = subprocess.run(
+        ["bash", str(ROOT / "classification" / "dist_train.sh"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def test_run_folder(run):
+    folder = run("epochs=3", *EVERYTHING_RANDOM)
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["data"] | {"data_dir": None} == {
+        "dataset": "folder",
+        "data_dir": None,
+        "classes": 3,
+        "train_images": 24,
+        "val_images": 9,
+    }
+    assert record["epochs"] == {"done": 3, "planned": 3}
+    session = record["sessions"][0]
+    assert session["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert (
+        session["commit"]
+        == subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    )
+    assert record["best"]["top1"] == max(float(row["top1"]) for row in rows(folder))
+    assert record["seed"] == 42
+    assert record["images_per_s"] > 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["mixup"] == 0.8
+    with Image.open(folder / "curve.png") as curve:
+        assert curve.size[0] > 800
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
+    assert [event.step for event in events.Scalars("val/top1")] == [3, 6, 9]
+    # timm reads the checkpoints as they are.
+    arguments = yaml.safe_load(TINY[0].partition("=")[2])
+    model = timm.create_model("poolformer_s12", num_classes=3, checkpoint_path=str(folder / "best.pt"), **arguments)
+    best = read_checkpoint(folder / "best.pt")
+    assert torch.equal(model.stem.weight, best["state_dict_ema"]["stem.weight"])
+    assert best["class_names"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("step", "number"), [(2, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGUSR2)])
+def test_an_interrupted_run_continues_to_the_same_weights_and_curve(step, number, run, monkeypatch, capsys):
+    whole = run(*EVERYTHING_RANDOM, "workers=1")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=step, number=number)
+        stopped = run(*EVERYTHING_RANDOM, output="stopped", status=128 + number)
+    assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
+    assert "dist_train.sh stopped" in capsys.readouterr().out
+    assert not same_weights(whole, stopped)
+    assert train.main(["stopped"]) == 0  # a run's folder as CONFIG continues it
+    assert same_weights(whole, stopped)
+    assert losses(stopped) == losses(whole)
+    assert len(json.loads((stopped / "run.json").read_text())["sessions"]) == 2
+    events = EventAccumulator(str(stopped)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
+    assert train.main(["stopped"]) == 0  # finished: nothing to do
+    assert losses(stopped) == losses(whole)
+
+
+def test_interrupted_while_validating(run, monkeypatch):
+    whole = run(*EVERYTHING_RANDOM)
+    original = train.Trainer.interruptible
+
+    def signal_then_validate(self, batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "interruptible", signal_then_validate)
+        stopped = run(*EVERYTHING_RANDOM, output="stopped", status=128 + signal.SIGTERM)
+    assert not (stopped / "metrics.csv").exists()
+    train.main(["stopped"])
+    assert same_weights(whole, stopped)
+    assert losses(stopped) == losses(whole)
+
+
+def test_the_number_of_loader_processes_changes_nothing_and_the_seed_does(run):
+    one = run(*EVERYTHING_RANDOM, "workers=0")
+    assert same_weights(one, run(*EVERYTHING_RANDOM, "workers=3", output="other"))
+    assert not same_weights(one, run(*EVERYTHING_RANDOM, "seed=43", output="seed"))
+
+
+def test_two_processes_give_the_curve_of_one_that_accumulates(run, pictures, tmp_path):
+    settings = [f"data_dir={pictures}", *TINY, *EVERYTHING_RANDOM, "epochs=3"]
+    one = run(*settings)
+    done = shell(str(tmp_path / "empty.yaml"), *settings, "output=two", cwd=tmp_path, GPUS="2", PORT="29611")
+    assert "8 = 2 devices x 1 passes x 4 images" in done.stdout
+    assert len(rows(one)) == 3
+    for a, b in zip(rows(one), rows(tmp_path / "two"), strict=True):
+        for key in ("train_loss", "val_loss", "top1"):
+            assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
+    states = [read_checkpoint(folder / "last.pt")["state_dict"] for folder in (one, tmp_path / "two")]
+    moved = timm.create_model("poolformer_s12", num_classes=3, **yaml.safe_load(TINY[0].partition("=")[2]))
+    vectors = [torch.cat([state[name].flatten() for name in moved.state_dict()]) for state in states]
+    assert relative_error(*vectors) < 1e-4
+    # and the folder can be continued by one process, or two
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["devices"] == 2
+
+
+def test_accumulation_equals_one_large_batch(run):
+    """Without what is drawn per pass, the gradient of two passes is that of one twice as large."""
+    passes = run("device_batch=4")
+    whole = run("device_batch=8", output="whole")
+    for a, b in zip(rows(passes), rows(whole), strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "device", "world", "even", "expected"),
+    [
+        (4096, 128, 8, True, (128, 4)),
+        (4096, 128, 1, True, (128, 32)),
+        (4096, 128, 32, True, (128, 1)),
+        (4096, 128, 64, True, (64, 1)),
+        (4096, 100, 8, True, (64, 8)),
+        (1000, 128, 2, False, (125, 4)),
+        (1000, 128, 2, True, (100, 5)),
+    ],
+)
+def test_split_batch(batch, device, world, even, expected):
+    images, passes = train.split_batch(batch, device, world, even)
+    assert (images, passes) == expected
+    assert images * passes * world == batch
+
+
+def test_schedule_and_weight_decay_are_the_official_ones(pictures, tmp_path):
+    """Stepped once an epoch: a linear warm-up of 5, a cosine over 300 counted from epoch 0, then 10 at the minimum."""
+    keep = [setting for setting in TINY if not setting.startswith(("lr=", "epochs="))]
+    settings = [f"data_dir={pictures}", "num_classes=3", f"output={tmp_path}", *keep]
+    trainer = train.Trainer(load_config([str(CONFIGS / "poolformer_s12.yaml"), *settings]), train.join())
+    peak = 1e-3 * 8 / 1024
+    assert trainer.epochs == 310
+    for epoch in range(310):
+        trainer.scheduler.step(epoch)
+        if epoch < 5:
+            expected = 1e-6 + epoch * (peak - 1e-6) / 5
+        elif epoch < 300:
+            expected = 1e-5 + 0.5 * (peak - 1e-5) * (1 + math.cos(math.pi * epoch / 300))
+        else:
+            expected = 1e-5
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([expected] * 2)
+    decay = {
+        parameter: group["weight_decay"] for group in trainer.optimizer.param_groups for parameter in group["params"]
+    }
+    for parameter in trainer.model.parameters():
+        assert decay[parameter] == (0.05 if parameter.ndim > 1 else 0)
+
+
+# Table 6 of the paper, and for the crop the official models' default_cfg.
+@pytest.mark.parametrize(
+    ("name", "drop_path", "crop", "top1"),
+    [
+        ("s12", 0.1, 0.90, 77.2),
+        ("s24", 0.1, 0.90, 80.3),
+        ("s36", 0.2, 0.90, 81.4),
+        ("m36", 0.3, 0.95, 82.1),
+        ("m48", 0.4, 0.95, 82.5),
+    ],
+)
+def test_configs_hold_the_papers_recipe(name, drop_path, crop, top1):
+    config = load_config([str(CONFIGS / f"poolformer_{name}.yaml")])
+    assert (config.model, config.drop_path, config.crop_pct, config.expected_top1) == (
+        f"poolformer_{name}",
+        drop_path,
+        crop,
+        top1,
+    )
+    assert (config.epochs, config.warmup_epochs, config.global_batch, config.weight_decay) == (300, 5, 4096, 0.05)
+    assert config.base_lr * config.global_batch / 1024 == 4e-3
+    assert (config.mixup, config.cutmix, config.mixup_switch_prob, config.smoothing) == (0.8, 1.0, 0.5, 0.1)
+    assert (config.erase_prob, config.ema_decay, config.drop, config.clip_grad) == (0.25, 0, 0, None)
+    assert (config.opt, config.opt_eps, config.opt_betas) == ("adamw", 1e-8, (0.9, 0.999))
+    assert f"{top1} %" in (CONFIGS / f"poolformer_{name}.yaml").read_text()
+
+
+def test_every_config_loads_and_names_a_model():
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert {file.stem for file in files} == {"imagenet", "mnist", *metaformer.VARIANTS}
+    assert all(timm.is_model(load_config([str(file)]).model) for file in files)
+
+
+def test_fine_tuning_on_other_classes(run, tmp_path):
+    first = run()
+    draw(tmp_path / "two", classes="xy")
+    tuned = run(
+        f"data_dir={tmp_path / 'two'}",
+        f"checkpoint={first / 'best.pt'}",
+        "replace_head=true",
+        "lr=0",
+        "weight_decay=0",
+        output="tuned",
+    )
+    before, after = (read_checkpoint(folder / "best.pt")["state_dict"] for folder in (first, tuned))
+    assert after["head.weight"].shape == (2, 24)
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head"))
+
+
+def test_data_sets_of_every_kind(run, pictures, tmp_path):
+    """The same pictures as folders, tars, torchvision's ImageFolder, WebDataset and a Hugging Face data set."""
+    import datasets
+
+    reference = run("epochs=1")
+    for split in ("train", "val"):
+        subprocess.run(["tar", "cf", f"{tmp_path}/{split}.tar", "-C", str(pictures / split), "a", "b", "c"], check=True)
+        shards, infos = tmp_path / "wds", {}
+        shards.mkdir(exist_ok=True)
+        (tmp_path / "hf").mkdir(exist_ok=True)
+        files = sorted((pictures / split).glob("*/*.png"))
+        labels = ["abc".index(file.parent.name) for file in files]
+        staging = tmp_path / "staging" / split
+        staging.mkdir(parents=True)
+        for i, (file, label) in enumerate(zip(files, labels, strict=True)):
+            (staging / f"{i:04d}.png").write_bytes(file.read_bytes())
+            (staging / f"{i:04d}.cls").write_text(str(label))
+        names = sorted(path.name for path in staging.iterdir())
+        subprocess.run(["tar", "cf", str(shards / f"{split}-0000.tar"), "-C", str(staging), *names], check=True)
+        infos[split] = len(files)
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("abc")))
+        columns = {"image": [str(file) for file in files], "label": labels}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hf" / f"{split}.parquet")
+    kinds = {
+        "tar": [f"data_dir={tmp_path}", "train_split=train.tar", "val_split=val.tar"],
+        "torchvision": ["dataset=torch/image_folder"],
+        "hfds": ["dataset=hfds/parquet", f"data_dir={tmp_path}/cache", "val_split=validation"],
+        "wds": ["dataset=wds/local", f"data_dir={tmp_path}/wds", "num_classes=3"],
+    }
+    kinds["hfds"][0] = f"dataset=hfds/{tmp_path}/hf"
+    (tmp_path / "wds" / "_info.json").write_text(
+        json.dumps(
+            {
+                "splits": {
+                    "train": {"filenames": ["train-0000.tar"], "shard_lengths": [24], "num_samples": 24},
+                    "validation": {"filenames": ["val-0000.tar"], "shard_lengths": [9], "num_samples": 9},
+                }
+            }
+        )
+    )
+    for kind, settings in kinds.items():
+        folder = run("epochs=1", *settings, output=kind)
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["data"]["train_images"], record["data"]["val_images"]) == (24, 9), kind
+        if kind == "wds":  # a stream has an order of its own
+            continue
+        assert losses(folder) == losses(reference), kind
+    # The same weights give the same validation loss, whatever the data come from.
+    for kind, settings in kinds.items():
+        metrics = validated([str(reference), *settings], tmp_path / f"{kind}.json")["metrics"]
+        assert metrics["loss"] == pytest.approx(float(rows(reference)[0]["val_loss"]), rel=1e-5), kind
+        assert metrics["images"] == 9
+
+
+def validated(arguments, record):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["validate.py", *arguments, "--record", str(record)])
+        validate.main()
+    return json.loads(record.read_text())
+
+
+def test_validate_agrees_with_torchvisions_transforms(run, pictures, tmp_path):
+    folder = run("epochs=2", "crop_pct=0.9")
+    record = validated([str(folder)], tmp_path / "record.json")
+    checkpoint = read_checkpoint(folder / "best.pt")
+    model = timm.create_model("poolformer_s12", num_classes=3, **checkpoint["config"]["model_args"]).eval()
+    model.load_state_dict(checkpoint["state_dict"])
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(35, transforms.InterpolationMode.BICUBIC),  # floor(32 / 0.9)
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    logits, labels = [], []
+    for label, name in enumerate("abc"):
+        for file in sorted((pictures / "val" / name).iterdir()):
+            with torch.inference_mode():
+                logits.append(model(prepare(Image.open(file).convert("RGB"))[None]))
+            labels.append(label)
+    logits, labels = torch.cat(logits), torch.tensor(labels)
+    assert record["metrics"]["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert record["metrics"]["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4
+    )
+    assert record["metrics"]["top5"] == 100  # of 3 classes
+    assert record["kind"] == "classification"
+    assert len(record["checkpoint"]["sha256"]) == 64
+    assert {"command", "commit", "versions", "hardware", "date"} <= record.keys()
+    assert record["settings"]["img_size"] == 32
+
+
+def test_validate_takes_a_bare_checkpoint(run, pictures, tmp_path):
+    folder = run()
+    torch.save(read_checkpoint(folder / "best.pt")["state_dict"], tmp_path / "bare.pth.tar")
+    settings = ["model=poolformer_s12", f"data_dir={pictures}", TINY[0], "img_size=32", "workers=0"]
+    bare = validated([str(tmp_path / "bare.pth.tar"), *settings], tmp_path / "bare.json")
+    own = validated([str(folder)], tmp_path / "own.json")
+    assert bare["metrics"]["loss"] == pytest.approx(own["metrics"]["loss"])
+
+
+@pytest.mark.parametrize("settings", [["precision=bfloat16"], ["grad_checkpointing=true"], ["layer_decay=0.7"]])
+def test_other_ways_to_train(settings, run):
+    folder = run(*settings, "clip_grad=1")
+    assert float(rows(folder)[-1]["train_loss"]) < math.log(3) * 1.2
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_gradient_clipping_limits_the_step(run, monkeypatch):
+    norms = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, largest):
+        parameters = list(parameters)
+        original(parameters, largest)
+        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    run("clip_grad=0.01", "epochs=1")
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+def test_the_ema_is_what_is_validated_and_averages_the_weights(run):
+    folder = run("ema_decay=0.5", "epochs=1", "global_batch=24", "device_batch=24")
+    checkpoint = read_checkpoint(folder / "last.pt")
+    torch.manual_seed(0)
+    start = run("lr=0", "weight_decay=0", "epochs=1", output="start")
+    start = read_checkpoint(start / "last.pt")["state_dict"]
+    for name, value in checkpoint["state_dict"].items():
+        assert torch.allclose(checkpoint["state_dict_ema"][name], (start[name] + value) / 2, atol=1e-6), name
+
+
+def test_sigterm_to_the_launcher_of_two_processes_saves_and_the_run_continues(pictures, tmp_path):
+    settings = [f"data_dir={pictures}", *TINY, "epochs=200", "output=run"]
+    (tmp_path / "empty.yaml").write_text("")
+    command = ["bash", str(ROOT / "classification" / "dist_train.sh"), "empty.yaml", *settings]
+    environment = {**os.environ, "PYTHON": sys.executable, "GPUS": "2", "PORT": "29612"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "metrics.csv").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert b"SIGTERM: saved epoch" in out
+    assert b"Traceback" not in err
+    stopped = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert 0 < stopped["epoch"] < 200
+
+
+def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
+    import submit
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+    settings = ["--cluster", "local", "--gpus", "1", "--logs", str(tmp_path / "logs")]
+    settings += ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=150", f"output={tmp_path / 'run'}"]
+    job = submit.submit(settings)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "metrics.csv").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    job._interrupt()
+    job.result()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert len(record["sessions"]) == 2
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch + 1) for epoch in range(150)]
+
+
+def test_mnist5k_is_stratified(tmp_path):
+    from data import prepare_mnist5k
+
+    root = prepare_mnist5k(tmp_path / "mnist5k")
+    for split, images in (("train", 400), ("val", 100)):
+        assert {len(list((root / split / str(digit)).iterdir())) for digit in range(10)} == {images}
+    pixels = {file.read_bytes() for file in root.glob("*/*/*.png")}
+    assert len(pixels) > 4990  # hardly any digit is there twice, let alone in both splits

@@ -1,0 +1,221 @@
+"""Wrong input ends in one clear sentence that names the thing and the mend, with exit status 2, and nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import train
+import validate
+from conftest import ROOT, TINY, draw
+from data import checked
+
+from metaformer import InputError
+from metaformer.weights import read_checkpoint
+
+
+def copied(pictures, root):
+    """A data folder of one's own to spoil."""
+    for file in pictures.glob("*/*/*.png"):
+        target = root / file.relative_to(pictures)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    return root
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["epoch=3"], r"the command line has an unknown setting 'epoch' \(did you mean 'epochs'\?\)"),
+        (["--gloabl-batch", "8"], r"unknown setting 'gloabl_batch' \(did you mean 'global_batch'\?\)"),
+        (["epochs=many"], r"epochs is 'many' in the command line.*integer"),
+        (["drop_path=1.5"], r"drop_path is 1.5 in the command line.*less than or equal to 1"),
+        (["precision=half"], r"precision is 'half'.*'float32'"),
+        (["--epochs"], r"--epochs needs a value"),
+        (["epochs"], r"cannot read the argument 'epochs'"),
+        (["model=poolfomer_s12"], r"no model 'poolfomer_s12' \(did you mean 'poolformer_s12'\?\)"),
+        (["model_args={depth: [1, 1, 1, 1]}"], r"poolformer_s12 does not take these arguments: .*'depth'"),
+        (["data_dir=nowhere"], r"there is no data folder nowhere: use data_dir=PATH"),
+        (["data_dir=null"], r"no data given: use data_dir=PATH"),
+        (["val_split=test"], r"has no folder test: name it with train_split= or val_split="),
+        (["dataset=hfds/./nowhere"], r"cannot open the split 'train' of hfds/./nowhere"),
+        (["num_classes=10"], r"num_classes is 10, but .* has 3 classes"),
+        (["global_batch=25"], r"global_batch=25 is larger than the 24 training images: use global_batch=24 or less"),
+        (["global_batch=5", "mixup=0.8"], r"Mixup and CutMix need even numbers: use global_batch=6, or mixup=0"),
+        (["checkpoint=nowhere.pt"], r"there is no checkpoint nowhere.pt"),
+        (["output=empty.yaml/run"], r"cannot write to the output folder empty.yaml/run: Not a directory"),
+        (["precision=float16"], r"precision=float16 needs a GPU"),
+    ],
+)
+def test_settings(settings, sentence, run):
+    with pytest.raises(InputError, match=sentence) as error:
+        run(*settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("epochs: [", r"is not valid YAML"),
+        ("- epochs", r"holds a list: a config is a list of lines `key: value`"),
+        ("epohcs: 3", r"mine.yaml has an unknown setting 'epohcs' \(did you mean 'epochs'\?\)"),
+        ("base: middle.yaml", r"middle.yaml is the base of another config and has a base itself"),
+        ("base: nowhere.yaml", r"there is no config .*nowhere.yaml"),
+    ],
+)
+def test_config_files(text, sentence, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "middle.yaml").write_text("base: last.yaml")
+    with pytest.raises(InputError, match=sentence):
+        train.main([str(tmp_path / "mine.yaml")])
+
+
+def test_empty_data_folder(run, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"the data folder .*data/train is empty"):
+        run(f"data_dir={tmp_path / 'data'}")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a").mkdir()
+    with pytest.raises(InputError, match=r"cannot open the split 'train' .*: Found 0 images"):
+        run(f"data_dir={tmp_path / 'data'}")
+
+
+def test_class_folders_that_differ(run, pictures, tmp_path):
+    root = copied(pictures, tmp_path / "data")
+    (root / "val" / "c").rename(root / "val" / "d")
+    with pytest.raises(InputError, match=r"differ .*\(only in train: c; only in validation: d\)"):
+        run(f"data_dir={root}")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("content", [b"", b"no picture", "truncated"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_picture_is_named(split, content, workers, run, pictures, tmp_path):
+    root = copied(pictures, tmp_path / "data")
+    file = root / split / "b" / "001.png"
+    file.write_bytes(file.read_bytes()[:200] if content == "truncated" else content)
+    with pytest.raises(InputError, match=rf"cannot read the picture {file} \(.*\): mend it or take it out") as error:
+        run(f"data_dir={root}", f"workers={workers}", "epochs=1")
+    assert "\n" not in str(error.value)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_label_out_of_range():
+    batch = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 1])
+    assert list(checked(iter([batch]), num_classes=3)) == [batch]
+    with pytest.raises(InputError, match="the data have a label 2, but num_classes is 2"):
+        list(checked(iter([batch]), num_classes=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["model_args={depths: [1, 1, 1, 1], dims: [8, 12, 16, 24]}"], r"another architecture .* unexpected"),
+        (["replace_head=true"], None),
+        ([], r"has a classifier of 3 classes and the model one of 2: use replace_head=true"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(settings, sentence, run, tmp_path):
+    best = run("epochs=1") / "best.pt"
+    draw(tmp_path / "two", classes="ab")
+    settings = [f"data_dir={tmp_path / 'two'}", "global_batch=4", f"checkpoint={best}", "epochs=1", *settings]
+    if sentence is None:
+        run(*settings, output="fits")
+        return
+    with pytest.raises(InputError, match=sentence):
+        run(*settings, output="does-not-fit")
+    assert not (tmp_path / "does-not-fit").exists()
+
+
+@pytest.mark.parametrize(
+    ("at", "sentence"),
+    [
+        (1, r"not finite at epoch 1, step 1; there was no checkpoint yet; try a lower lr="),
+        (5, r"not finite at epoch 2, step 2; the last good checkpoint is run/last.pt; try a lower lr="),
+    ],
+)
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(at, sentence, run, tmp_path, monkeypatch):
+    original, taken = train.Trainer.optimizer_step, []
+
+    def step(self, batches):
+        taken.append(1)
+        if len(taken) == at:
+            with torch.no_grad():
+                self.model.stem.weight.fill_(float("nan"))
+        original(self, batches)
+
+    monkeypatch.setattr(train.Trainer, "optimizer_step", step)
+    with pytest.raises(InputError, match=sentence):
+        run("epochs=3")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    if at == 5:
+        state = read_checkpoint(tmp_path / "run" / "last.pt")
+        assert state["epoch"] == 1
+        assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_a_run_is_not_overwritten(run):
+    folder = run("epochs=1")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match=r"run already holds a run: add --resume to continue it, or give another"):
+        run("epochs=1")
+    with pytest.raises(InputError, match=r"trained with lr=0.002 and cannot continue with lr=0.1"):
+        run("epochs=1", "lr=0.1", "--resume")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_damaged_checkpoint_of_a_run(run):
+    folder = run("epochs=1")
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last.pt is not a checkpoint or is damaged"):
+        train.main([str(folder)])
+
+
+def test_validation(run, pictures, tmp_path, monkeypatch):
+    folder = run("epochs=1")
+    root = copied(pictures, tmp_path / "data")
+    (root / "val" / "c").rename(root / "val" / "d")
+    for arguments, sentence in [
+        (["nowhere"], r"there is no checkpoint nowhere"),
+        ([str(folder), "--record"], r"--record needs the name of a file"),
+        ([str(folder), "crop=0.9"], r"unknown setting 'crop' \(did you mean 'drop'\?\)"),
+        ([str(folder), f"data_dir={root}"], r"differ .*only in train: c; only in validation: d"),
+        ([str(folder), "model=poolformer_s24", "model_args={}"], r"another architecture"),
+        ([str(folder), "data_dir=nowhere"], r"there is no data folder nowhere"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["validate.py", *arguments])
+        with pytest.raises(InputError, match=sentence):
+            validate.main()
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_the_command_prints_one_line_and_exits_with_2(gpus, pictures, tmp_path):
+    root = copied(pictures, tmp_path / "data")
+    for file in root.glob("train/b/*.png"):
+        file.write_bytes(b"")
+    (tmp_path / "empty.yaml").write_text("")
+
+    def command(*arguments, **environment):
+        return subprocess.run(
+            ["bash", str(ROOT / "classification" / "dist_train.sh"), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": sys.executable, "GPUS": gpus, "PORT": "29621", **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    for arguments, sentence in [
+        (["empty.yaml", "data_dir=nowhere"], "error: there is no data folder nowhere: use data_dir=PATH\n"),
+        (["empty.yaml", f"data_dir={root}", *TINY, "output=run"], "error: cannot read the picture"),
+    ]:
+        done = command(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(sentence), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" in command("nowhere.yaml", METAFORMER_TRACEBACK="1").stderr
+    done = command(GPUS="two")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "GPUS=two in the environment" in done.stderr
