@@ -10,6 +10,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,11 +44,13 @@ class Unreadable(NamedTuple):
 
 
 def seed_everything(*entropy: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from some numbers, such as (seed, epoch, step)."""
+    """Seed Python, NumPy and torch (this process's devices) from some numbers, such as (seed, epoch, step)."""
     state = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(state[1])
-    torch.manual_seed(int(state[2]))
+    torch.default_generator.manual_seed(int(state[2]))
+    if torch.cuda.is_initialized():  # elsewhere torch.manual_seed would queue a call each time, with a stack trace
+        torch.cuda.manual_seed(int(state[2]))
 
 
 def load_data(config: Config, workers: int) -> Data:
@@ -61,7 +64,7 @@ def load_data(config: Config, workers: int) -> Data:
     names = class_names(train)
     check_same_classes(config, names, class_names(val))
     num_classes = count_classes(config, names)
-    summary = {**summary_of(config, num_classes), "train_images": len(train), "val_images": len(val)}
+    summary = {**summary_of(config, num_classes), "train_images": count(train), "val_images": count(val)}
     return Data(train, val, num_classes, names, summary)
 
 
@@ -76,7 +79,12 @@ def load_validation(config: Config, workers: int, trained_on: list[str] | None) 
     if names and trained_on:
         check_same_classes(config, trained_on, names)
     num_classes = count_classes(config, names)
-    return dataset, num_classes, {**summary_of(config, num_classes), "val_images": len(dataset)}
+    return dataset, num_classes, {**summary_of(config, num_classes), "val_images": count(dataset)}
+
+
+def count(dataset: Dataset) -> int:
+    """Pictures in all; the length of a stream is this process's share."""
+    return dataset.reader.num_samples if isinstance(dataset, IterableDataset) else len(dataset)
 
 
 def count_classes(config: Config, names: list[str] | None) -> int:
@@ -234,24 +242,18 @@ def checked(batches: Iterator, num_classes: int) -> Iterator[tuple[Tensor, Tenso
 
 def transform(config: Config, is_training: bool) -> Any:
     """timm's ImageNet transforms up to the uint8 array; normalisation and erasing follow on the device."""
-    if not is_training:
-        return create_transform(
-            config.img_size, interpolation=config.interpolation, crop_pct=config.crop_pct, use_prefetcher=True
-        )
-    return create_transform(
-        config.img_size,
-        is_training=True,
-        use_prefetcher=True,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        interpolation=config.train_interpolation,
-        mean=config.mean,
-        std=config.std,
-    )
+    options = {"interpolation": config.interpolation, "crop_pct": config.crop_pct}
+    if is_training:
+        names = ("scale", "ratio", "hflip", "vflip", "auto_augment", "mean", "std")
+        options = {name: getattr(config, name) for name in names}
+        options |= {"color_jitter": config.color_jitter or None, "interpolation": config.train_interpolation}
+    try:
+        return create_transform(config.img_size, is_training=is_training, use_prefetcher=True, **options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(
+            f"timm has no such augmentation: auto_augment={config.auto_augment}, interpolation={config.interpolation}, "
+            f"train_interpolation={config.train_interpolation} ({error})"
+        ) from error
 
 
 def train_loader(
@@ -287,9 +289,21 @@ def loader_options(processes: Processes, workers: int) -> dict[str, Any]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Whoever stops the run signals its whole process group; the main process ends the loader when it has saved."""
+    """Who stops a run may signal all of its processes; the loader's go on until the main one has saved."""
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at the latest the interpreter's exit asks again
+
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
+
+
+def shut_down(*loaders: DataLoader) -> None:
+    """End the loaders' processes, which a traceback that refers to them would keep until the interpreter's exit."""
+    for loader in loaders:
+        if loader.num_workers and loader._iterator is not None:
+            loader._iterator._shutdown_workers()
 
 
 def prepare_mnist5k(root: Path) -> Path:

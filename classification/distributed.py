@@ -70,6 +70,7 @@ def join() -> Processes:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # sizes do not change while training
     if world == 1:
         return Processes(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

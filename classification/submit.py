@@ -42,6 +42,7 @@ class TrainingJob:
             "PYTHON": sys.executable,
         }
         self.process = subprocess.Popen(["bash", str(SCRIPT), *self.arguments], env=environment)
+        self._wait()
         status = self.process.wait()
         if status:
             raise RuntimeError(f"dist_train.sh ended with status {status}")
@@ -49,8 +50,12 @@ class TrainingJob:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called when Slurm takes the node away: let the run save, and queue what continues it."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        self._wait()
         return submitit.helpers.DelayedSubmission(TrainingJob(self.arguments, self.gpus))
+
+    def _wait(self) -> None:
+        # Not Popen.wait: checkpoint() is called by a signal while __call__ waits, and would wait for Popen's lock too.
+        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def submit(arguments: list[str]) -> submitit.Job:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from config import Config, load_config, read_yaml, save_config
-from data import Data, TrainBatches, checked, load_data, seed_everything, train_loader, val_loader
+from data import Data, TrainBatches, checked, load_data, seed_everything, shut_down, train_loader, val_loader
 from distributed import Processes, StopSignal, join
 from matplotlib.figure import Figure
 from timm.data import Mixup
@@ -125,7 +125,7 @@ class Trainer:
 
         mixing = config.mixup > 0 or config.cutmix > 0
         self.device_batch, self.passes = split_batch(config.global_batch, config.device_batch, processes.world, mixing)
-        images = len(self.data.train)
+        images = self.data.summary["train_images"]
         if images < config.global_batch:
             raise InputError(
                 f"global_batch={config.global_batch} is larger than the {images} training images: "
@@ -196,7 +196,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that continues the run, as tensors and plain data."""
-        state = {
+        return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "amp_scaler": self.scaler.state_dict(),
@@ -207,7 +207,6 @@ class Trainer:
             "seconds": self.seconds,
             "wall_s": self.wall_seconds(),
         }
-        return state
 
     def weights(self) -> dict[str, Any]:
         """What others need of the run: its weights under timm's names, and what they belong to."""
@@ -275,6 +274,7 @@ class Trainer:
             self.write_record("failed", str(error))
             raise
         finally:
+            shut_down(self.train_loader, self.val_loader)
             self.bar.close()
             if self.board:
                 self.board.close()
@@ -320,7 +320,11 @@ class Trainer:
 
     def optimizer_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         for turn in range(self.passes):
-            images, labels = next(batches)
+            images, labels = next(batches, (None, None))
+            if images is None:
+                raise InputError(
+                    f"the data ended at step {self.step + 1} of {self.steps}: its num_samples is too large"
+                )
             number = turn * self.processes.world + self.processes.rank
             seed_everything(self.config.seed, self.epoch, self.step, number)
             images, labels = self.normalise(images), labels.to(self.device, non_blocking=True)
@@ -489,7 +493,7 @@ class Trainer:
         lines = [
             f"\ntop-1 {best['top1']:.2f} % of {self.data.summary['val_images']} held-out images "
             f"(epoch {best['epoch']} of {self.epochs}, {self.wall_seconds() / 60:.1f} minutes)"
-            + (f"; the paper reports {expected} %" if expected is not None else ""),
+            + (f"; the paper reports {expected} % on ImageNet-1K" if expected is not None else ""),
             f"folder    {self.output}/ (curve.png, metrics.csv, best.pt, last.pt, run.json)",
             f"validate  python classification/validate.py {self.output}",
         ]

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from config import Config, check, parse_overrides
-from data import checked, load_validation, val_loader
+from data import checked, load_validation, shut_down, val_loader
 from distributed import Processes, join
 from timm.data import resolve_data_config
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         )
     except TypeError as error:
         raise InputError(f"{config.model} does not take these arguments: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not config.pretrained:
+            raise
+        raise InputError(f"cannot fetch the released weights of {config.model}: {error}") from error
     if config.checkpoint:
         weights = weights_of(read_checkpoint(config.checkpoint), ema=True)
         load_state(model, weights, config.checkpoint, config.replace_head)
@@ -143,14 +147,17 @@ def main() -> None:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(processes.device, memory_format=layout)
     loader = val_loader(config, split, processes, workers)
-    metrics = evaluate(
-        model,
-        loader,
-        normaliser(config, processes.device),
-        autocast(config, processes.device),
-        processes,
-        lambda batches: tqdm(batches, total=len(loader), unit="batch", desc=config.model, disable=None),
-    )
+    try:
+        metrics = evaluate(
+            model,
+            loader,
+            normaliser(config, processes.device),
+            autocast(config, processes.device),
+            processes,
+            lambda batches: tqdm(batches, total=len(loader), unit="batch", desc=config.model, disable=None),
+        )
+    finally:
+        shut_down(loader)
     if not processes.is_main:
         return
     record = result_record(config, path, summary, metrics)

@@ -88,9 +88,10 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
     """:func:`load_weights` for a state dict at hand; ``source`` is its name in errors."""
     own = model.state_dict()
     classifier = next((f"{name}." for name, module in model.named_modules() if module is model.get_classifier()), "")
+    missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
     misshaped = {name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape}
     other_head = {name for name in misshaped if name.startswith(classifier)}
-    if misshaped and misshaped == other_head and not replace_head:
+    if other_head and not (missing or unexpected or misshaped - other_head or replace_head):
         raise InputError(
             f"{source} has a classifier of {len(state_dict[min(other_head)])} classes and the model one of "
             f"{model.num_classes}: use replace_head=true to start with a new classifier"
@@ -101,8 +102,8 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
     problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in [
-            ("missing", own.keys() - state_dict.keys()),
-            ("unexpected", state_dict.keys() - own.keys()),
+            ("missing", missing),
+            ("unexpected", unexpected),
             ("of another shape", misshaped),
         ]
         if names
