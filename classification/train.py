@@ -70,34 +70,34 @@ def split_batch(global_batch: int, device_batch: int, world: int, even: bool) ->
 
 
 def open_output(config: Config, processes: Processes) -> Path:
-    """The run's folder, made or found.
+    """The run's folder, made or found by the main process.
 
     Raises:
         InputError: it holds a run that was not asked to continue, or with other settings; it cannot be written.
     """
+    if not processes.is_main:
+        return processes.from_main(None)
     data_name = Path(config.dataset or config.data_dir or "").name
     # The launcher sets the time once for all processes and their restarts.
     stamp = os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
     output = Path(config.output or f"runs/{config.model}-{data_name}-{stamp}")
-    found = (output / "config.yaml").is_file()
-    if found and not config.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise InputError(f"{output} already holds a run: add --resume to continue it, or give another output=")
-    if found:
+    if (output / "config.yaml").is_file():
+        if not config.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            raise InputError(f"{output} already holds a run: add --resume to continue it, or give another output=")
         before, now = read_yaml(output / "config.yaml"), config.model_dump(mode="json")
-        changed = [key for key in now if before.get(key) != now[key] and key not in MAY_CHANGE]
-        if changed:
-            key = changed[0]
-            raise InputError(
-                f"{output} was trained with {key}={before.get(key)} and cannot continue with {key}={now[key]}: "
-                "give its own settings, or another output="
-            )
-    elif processes.is_main:
+        for key in now:
+            if key not in MAY_CHANGE and before.get(key) != now[key]:
+                raise InputError(
+                    f"{output} was trained with {key}={before.get(key)} and cannot continue with {key}={now[key]}: "
+                    "give its own settings, or another output="
+                )
+    else:
         try:
             output.mkdir(parents=True, exist_ok=True)
             save_config(config, output / "config.yaml")
         except OSError as error:
             raise InputError(f"cannot write to the output folder {output}: {error.strerror}") from error
-    return output
+    return processes.from_main(output)
 
 
 class Trainer:
