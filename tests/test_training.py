@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import data
 import pytest
 import timm
 import torch
+import torchvision
 import train
 import validate
 import yaml
@@ -240,6 +242,14 @@ def test_configs_hold_the_papers_recipe(name, drop_path, crop, top1):
     assert (config.opt, config.opt_eps, config.opt_betas) == ("adamw", 1e-8, (0.9, 0.999))
     assert f"{top1} % top-1" in (CONFIGS / f"poolformer_{name}.yaml").read_text()
     assert f"| `poolformer_{name}.yaml` | {PARAMETERS[f'poolformer_{name}']:,} | {top1} % |" in README
+
+
+def test_the_recipes_augmentation_runs_on_every_draw(pictures):
+    strongest = "auto_augment=rand-m10-inc1"  # the recipe's operations, each at the largest magnitude it can draw
+    config = load_config([str(CONFIGS / "poolformer_s12.yaml"), "img_size=32", strongest])
+    config = validate.with_input_of(config, timm.create_model(config.model))
+    images = data.Images(torchvision.datasets.ImageFolder(pictures / "train"), data.transform(config, True), seed=0)
+    assert {images[epoch, 3][0].shape for epoch in range(500)} == {(3, 32, 32)}
 
 
 def test_every_config_loads_and_names_a_model():
