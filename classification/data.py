@@ -37,7 +37,7 @@ class Data(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """Stands in a batch for a picture that could not be read, up to the process that can report it."""
+    """Stands in a batch for a picture that could not be read or transformed, up to the process that can report it."""
 
     name: str
     reason: str
@@ -203,12 +203,12 @@ class Images(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int] | Unreadable:
         epoch, index = key
+        seed_everything(self.seed, epoch, index)
         try:
             image, label = self._read(index)
+            return self.transform(image), label
         except Exception as error:  # decoders fail in their own ways; the batch carries the failure to the main process
             return Unreadable(self._name(index), f"{type(error).__name__}: {error}")
-        seed_everything(self.seed, epoch, index)
-        return self.transform(image), label
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if not hasattr(self.dataset, "reader"):
@@ -232,7 +232,7 @@ def checked(batches: Iterator, num_classes: int) -> Iterator[tuple[Tensor, Tenso
     """The batches, unless one has an unreadable picture or a label out of range."""
     for batch in batches:
         if isinstance(batch, Unreadable):
-            raise InputError(f"cannot read the picture {batch.name} ({batch.reason}): mend it or take it out")
+            raise InputError(f"cannot use the picture {batch.name} ({batch.reason}): mend it or take it out")
         images, labels = batch
         if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             wrong = next(label for label in labels.tolist() if not 0 <= label < num_classes)

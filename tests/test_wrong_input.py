@@ -103,7 +103,7 @@ def test_unreadable_picture_is_named(split, content, workers, run, pictures, tmp
     root = copied(pictures, tmp_path / "data")
     file = root / split / "b" / "001.png"
     file.write_bytes(file.read_bytes()[:200] if content == "truncated" else content)
-    with pytest.raises(InputError, match=rf"cannot read the picture {file} \(.*\): mend it or take it out") as error:
+    with pytest.raises(InputError, match=rf"cannot use the picture {file} \(.*\): mend it or take it out") as error:
         run(f"data_dir={root}", f"workers={workers}", "epochs=1")
     assert "\n" not in str(error.value)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
@@ -215,7 +215,7 @@ def test_the_command_prints_one_line_and_exits_with_2(gpus, pictures, tmp_path):
 
     for arguments, sentence in [
         (["empty.yaml", "data_dir=nowhere"], "error: there is no data folder nowhere: use data_dir=PATH\n"),
-        (["empty.yaml", f"data_dir={root}", *TINY, "output=run"], "error: cannot read the picture"),
+        (["empty.yaml", f"data_dir={root}", *TINY, "output=run"], "error: cannot use the picture"),
     ]:
         done = command(*arguments)
         assert done.returncode == 2, done.stderr
