@@ -95,7 +95,7 @@ class Config(BaseModel):
     # Run
     output: str | None = None  # null: runs/NAME-DATE
     resume: bool = False  # continue the run in output, if there is one
-    log_interval: Positive = 50  # optimizer steps between two entries in the log
+    log_interval: Positive = 10  # optimizer steps between two entries in the log
     expected_top1: float | None = None  # the paper's figure, shown beside the one reached
 
 

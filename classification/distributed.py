@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metaformer.errors import InputError
+from metaformer.provenance import cores
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """A scheduler's, a person's, and the warning that Slurm can send before the end of a job's time."""
@@ -30,7 +31,7 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: int) -> int:
+    def max(self, flag: int) -> int:
         """The largest flag of all processes."""
         if self.world == 1:
             return flag
@@ -54,7 +55,7 @@ class Processes:
 
     def default_workers(self) -> int:
         """One loader process for each core that this device's share of the machine has."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world)
+        return max(1, cores() // self.local_world)
 
 
 def join() -> Processes:

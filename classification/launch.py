@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from metaformer.errors import InputError, run_command
+from metaformer.provenance import cores
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -34,7 +35,7 @@ def main() -> int:
         raise InputError(f"GPUS={processes}, but this machine shows {gpus}")
     os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/dist_train.sh", *arguments])
     os.environ["METAFORMER_START"] = f"{datetime.now():%Y%m%d-%H%M%S}"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if processes == nodes == 1:
         os.execv(sys.executable, [sys.executable, str(TRAIN), *arguments])
 

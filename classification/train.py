@@ -303,7 +303,7 @@ class Trainer:
                 passes = (self.step - logged_step) * self.passes * self.processes.world
                 self.log_step((self.loss_sum.item() - logged_loss) / passes)
                 logged_loss, logged_step = self.loss_sum.item(), self.step
-            received = self.processes.any(self.stop.received)
+            received = self.processes.max(self.stop.received)
             if received:
                 self.stop.received = received
                 self.gather_loss()
@@ -355,7 +355,7 @@ class Trainer:
         """The sum of all processes into the main one's; stops the run if a loss was not finite."""
         total = self.processes.sum(self.loss_sum)
         self.loss_sum.fill_(total.item() if self.processes.is_main else 0)
-        bad_step = self.processes.any(int(self.bad_step))
+        bad_step = self.processes.max(int(self.bad_step))
         if bad_step >= 0:
             self.refuse(f"the loss was not finite at epoch {self.epoch + 1}, step {bad_step + 1}")
 
@@ -514,12 +514,12 @@ def plot(history: list[dict[str, float]], title: str) -> Figure:
     figure.suptitle(title)
     losses, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    losses.plot(epochs, [row["train_loss"] for row in history], label="training (augmented)")
-    losses.plot(epochs, [row["val_loss"] for row in history], "--", label="validation")
+    losses.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training (augmented)")
+    losses.plot(epochs, [row["val_loss"] for row in history], ".--", label="validation")
     losses.set(xlabel="epoch", ylabel="cross-entropy")
     losses.legend()
-    accuracy.plot(epochs, [row["top1"] for row in history], label="top-1")
-    accuracy.plot(epochs, [row["top5"] for row in history], "--", label="top-5")
+    accuracy.plot(epochs, [row["top1"] for row in history], marker=".", label="top-1")
+    accuracy.plot(epochs, [row["top5"] for row in history], ".--", label="top-5")
     accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
     accuracy.legend()
     return figure

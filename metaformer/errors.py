@@ -1,6 +1,7 @@
 """Wrong input ends in one clear sentence and exit status 2, never in a traceback."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -24,6 +25,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     """
     try:
         sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         wrong_input = isinstance(error, InputError)
         if wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
