@@ -151,10 +151,10 @@ def test_the_number_of_loader_processes_changes_nothing_and_the_seed_does(run):
 
 
 def test_two_processes_give_the_curve_of_one_that_accumulates(run, pictures, tmp_path):
-    settings = [f"data_dir={pictures}", *TINY, *EVERYTHING_RANDOM, "epochs=3"]
+    settings = [f"data_dir={pictures}", *TINY, *EVERYTHING_RANDOM, "epochs=3", "global_batch=12", "device_batch=2"]
     one = run(*settings)
     done = shell(str(tmp_path / "empty.yaml"), *settings, "output=two", cwd=tmp_path, GPUS="2", PORT="29611")
-    assert "8 = 2 devices x 1 passes x 4 images" in done.stdout
+    assert "12 = 2 devices x 3 passes x 2 images" in done.stdout
     assert len(rows(one)) == 3
     for a, b in zip(rows(one), rows(tmp_path / "two"), strict=True):
         for key in ("train_loss", "val_loss", "top1"):
@@ -163,7 +163,6 @@ def test_two_processes_give_the_curve_of_one_that_accumulates(run, pictures, tmp
     moved = timm.create_model("poolformer_s12", num_classes=3, **yaml.safe_load(TINY[0].partition("=")[2]))
     vectors = [torch.cat([state[name].flatten() for name in moved.state_dict()]) for state in states]
     assert relative_error(*vectors) < 1e-4
-    # and the folder can be continued by one process, or two
     assert json.loads((tmp_path / "two" / "run.json").read_text())["devices"] == 2
 
 
