@@ -9,7 +9,7 @@
 #   NNODES       machines (default 1); on each of them run the same command with
 #   NODE_RANK    its number from 0, and
 #   MASTER_ADDR  the address of machine 0 (default 127.0.0.1)
-#   PORT         a free port there (default 29500)
+#   PORT         a port free there (default 29500; on a single machine any free one)
 #   PYTHON       interpreter (default: the active environment's, else that of .venv in this checkout)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

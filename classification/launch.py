@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
@@ -39,21 +40,30 @@ def main() -> int:
     if processes == nodes == 1:
         os.execv(sys.executable, [sys.executable, str(TRAIN), *arguments])
 
-    rendezvous = [f"--nnodes={nodes}", f"--node_rank={node}", f"--master_port={port}"]
-    rendezvous.append(f"--master_addr={os.environ.get('MASTER_ADDR', '127.0.0.1')}")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    rendezvous = [f"--nnodes={nodes}", f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"]
+    if nodes == 1 and "PORT" not in os.environ:
+        rendezvous = ["--standalone"]  # a port that is free
+    logging.disable(logging.ERROR)  # torchrun's own account of a failure; report() gives it in one line
     try:
         run(parse_args([*rendezvous, f"--nproc_per_node={processes}", str(TRAIN), *arguments]))
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:
         return report(error)
+    except DistNetworkError as error:
+        raise InputError(
+            f"the processes cannot meet at {address}:{port}: set MASTER_ADDR to machine 0, PORT to a free port there "
+            f"({error})"
+        ) from error
     return 0
 
 
 def report(error: ChildFailedError) -> int:
     """Say what the first process that failed said; its exit status is ours."""
-    rank, failure = error.get_first_failure()
+    # The others fail, too, when one is killed, and may have been quicker to say so.
+    killed = [item for item in error.failures.items() if item[1].exitcode == -signal.SIGKILL]
+    rank, failure = killed[0] if killed else error.get_first_failure()
     status = failure.exitcode
     if status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR2):
         return status  # it saved and said so
@@ -62,8 +72,10 @@ def report(error: ChildFailedError) -> int:
         return 128 - status
     details = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
     if isinstance(details, dict):
-        message, traceback = details["message"], details.get("extraInfo", {}).get("py_callstack", "")
-        print(f"error: {message.removeprefix('InputError: ')}" if status == 2 else traceback, file=sys.stderr)
+        if status == 2 and not os.environ.get("METAFORMER_TRACEBACK"):
+            print(f"error: {details['message'].removeprefix('InputError: ')}", file=sys.stderr)
+        else:
+            print(details["extraInfo"]["py_callstack"], file=sys.stderr)
     else:
         print(f"error: process {rank} ended with status {status}: {details}", file=sys.stderr)
     return status

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
@@ -29,16 +30,13 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         wrong_input = isinstance(error, InputError)
-        if wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
-            if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-                report_to_torchrun(error)
-            else:
-                print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             report_to_torchrun(error)
-            sys.exit(1)
-        raise
+        elif wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.exit(2 if wrong_input else 1)
 
 
 def report_to_torchrun(error: Exception) -> None:

@@ -401,22 +401,54 @@ def test_the_ema_is_what_is_validated_and_averages_the_weights(run):
         assert torch.allclose(checkpoint["state_dict_ema"][name], (start[name] + value) / 2, atol=1e-6), name
 
 
-def test_sigterm_to_the_launcher_of_two_processes_saves_and_the_run_continues(pictures, tmp_path):
-    settings = [f"data_dir={pictures}", *TINY, "epochs=200", "output=run"]
+@pytest.fixture
+def two_processes(pictures, tmp_path):
+    """A run of two processes that would take long, at work: (the launcher, its workers' pids)."""
+    settings = [f"data_dir={pictures}", *TINY, "epochs=500", "output=run"]
     (tmp_path / "empty.yaml").write_text("")
-    command = ["bash", str(ROOT / "classification" / "dist_train.sh"), "empty.yaml", *settings]
-    environment = {**os.environ, "PYTHON": sys.executable, "GPUS": "2", "PORT": "29612"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.time() + 120
-    while not (tmp_path / "run" / "metrics.csv").exists() and time.time() < deadline:
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "classification" / "dist_train.sh"), "empty.yaml", *settings],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "GPUS": "2", "PORT": "29612"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "run" / "metrics.csv")
+    yield process, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+
+
+def wait_for(file, seconds=120):
+    deadline = time.time() + seconds
+    while not file.exists():
+        assert time.time() < deadline, f"{file} did not appear"
         time.sleep(0.1)
-    process.terminate()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert b"SIGTERM: saved epoch" in out
-    assert b"Traceback" not in err
-    stopped = read_checkpoint(tmp_path / "run" / "last.pt")
-    assert 0 < stopped["epoch"] < 200
+
+
+def test_sigterm_to_the_launcher_of_two_processes_saves(two_processes, tmp_path):
+    launcher, _ = two_processes
+    launcher.terminate()
+    out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, err) == (128 + signal.SIGTERM, "")
+    assert "SIGTERM: saved epoch" in out
+    assert 0 < read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 500
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(two_processes, tmp_path):
+    launcher, workers = two_processes
+    os.kill(int(workers[1]), signal.SIGTERM)
+    out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, err) == (128 + signal.SIGTERM, "")
+    assert "SIGTERM: saved epoch" in out
+
+
+def test_a_killed_process_is_reported_and_the_last_checkpoint_stays(two_processes, tmp_path):
+    launcher, workers = two_processes
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > 0
 
 
 def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
@@ -427,9 +459,7 @@ def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
     settings = ["--cluster", "local", "--gpus", "1", "--logs", str(tmp_path / "logs")]
     settings += ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=40", f"output={tmp_path / 'run'}"]
     job = submit.submit(settings)
-    deadline = time.time() + 120
-    while not (tmp_path / "run" / "metrics.csv").exists() and time.time() < deadline:
-        time.sleep(0.1)
+    wait_for(tmp_path / "run" / "metrics.csv")
     # Slurm signals the task; the local executor's controller, whose process is the job's, is no part of a cluster.
     [task] = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     os.kill(int(task), signal.SIGUSR2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -208,7 +209,7 @@ def test_the_command_prints_one_line_and_exits_with_2(gpus, pictures, tmp_path):
         return subprocess.run(
             ["bash", str(ROOT / "classification" / "dist_train.sh"), *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHON": sys.executable, "GPUS": gpus, "PORT": "29621", **environment},
+            env={**os.environ, "PYTHON": sys.executable, "GPUS": gpus, **environment},
             capture_output=True,
             text=True,
         )
@@ -222,6 +223,11 @@ def test_the_command_prints_one_line_and_exits_with_2(gpus, pictures, tmp_path):
         assert done.stderr.startswith(sentence), done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
     assert "Traceback" in command("nowhere.yaml", METAFORMER_TRACEBACK="1").stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = command("empty.yaml", GPUS="2", PORT=port)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert f"the processes cannot meet at 127.0.0.1:{port}" in done.stderr
     done = command(GPUS="two")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "GPUS=two in the environment" in done.stderr
