@@ -96,7 +96,7 @@ class Config(BaseModel):
     output: str | None = None  # null: runs/NAME-DATE
     resume: bool = False  # continue the run in output, if there is one
     log_interval: Positive = 10  # optimizer steps between two entries in the log
-    expected_top1: float | None = None  # the paper's figure, shown beside the one reached
+    expected_top1: float | None = None  # the paper's figure on ImageNet-1K, shown beside the one reached there
 
 
 def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:

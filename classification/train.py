@@ -489,7 +489,7 @@ class Trainer:
 
     def say_result(self) -> None:
         best = max(self.history, key=lambda row: row["top1"])
-        expected = self.config.expected_top1
+        expected = self.config.expected_top1 if self.data.num_classes == 1000 else None
         lines = [
             f"\ntop-1 {best['top1']:.2f} % of {self.data.summary['val_images']} held-out images "
             f"(epoch {best['epoch']} of {self.epochs}, {self.wall_seconds() / 60:.1f} minutes)"
