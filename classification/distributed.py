@@ -53,6 +53,11 @@ class Processes:
             dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
+    def leave(self) -> None:
+        """Part from the others at the end of a run that went well."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
     def default_workers(self) -> int:
         """One loader process for each core that this device's share of the machine has."""
         return max(1, cores() // self.local_world)

@@ -183,9 +183,9 @@ class Trainer:
 
         self.epoch = self.step = 0
         self.history: list[dict[str, float]] = []
-        self.sessions = [provenance()]
+        self.starts = [provenance()]
         self.seconds = 0.0  # of training in this epoch
-        self.earlier_seconds = 0.0  # of sessions before this one
+        self.earlier_seconds = 0.0  # of earlier starts
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # over the passes of this epoch
         self.bad_step = torch.full((), -1, device=device)
         self.output = open_output(config, processes)
@@ -202,7 +202,7 @@ class Trainer:
             "amp_scaler": self.scaler.state_dict(),
             "step": self.step,
             "history": self.history,
-            "sessions": self.sessions,
+            "starts": self.starts,
             "loss_sum": self.loss_sum.item(),
             "seconds": self.seconds,
             "wall_s": self.wall_seconds(),
@@ -229,7 +229,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["amp_scaler"])
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
-        self.sessions = [*state["sessions"], *self.sessions]
+        self.starts = [*state["starts"], *self.starts]
         self.seconds, self.earlier_seconds = state["seconds"], state["wall_s"]
         if self.processes.is_main:
             self.loss_sum.fill_(state["loss_sum"])
@@ -458,13 +458,13 @@ class Trainer:
             "images_per_s": statistics.median(speeds) if speeds else None,
             "wall_s": self.wall_seconds(),
             "settings": self.config.model_dump(mode="json"),
-            "sessions": self.sessions,
+            "starts": self.starts,
         }
         write_json(self.output / "run.json", record)
 
     def say_plan(self) -> None:
         config, data, world = self.config, self.data.summary, self.processes.world
-        hardware = self.sessions[-1]["hardware"]
+        hardware = self.starts[-1]["hardware"]
         device = f"{hardware['gpus'][0]}" if hardware["gpus"] else f"CPU ({torch.get_num_threads()} threads each)"
         precision = config.precision
         if precision == "auto":
@@ -531,13 +531,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{__doc__}\nSettings: {', '.join(Config.model_fields)}")
         return 0
     config = load_config(arguments)
-    trainer = Trainer(config, join())
+    processes = join()
+    trainer = Trainer(config, processes)
     trainer.say_plan()
     if trainer.epoch >= trainer.epochs:
         trainer.say(f"{trainer.output} is finished")
         trainer.say_result()
         return 0
-    return trainer.run()
+    status = trainer.run()
+    processes.leave()
+    return status
 
 
 if __name__ == "__main__":

@@ -85,10 +85,10 @@ def test_run_folder(run):
         "val_images": 9,
     }
     assert record["epochs"] == {"done": 3, "planned": 3}
-    session = record["sessions"][0]
-    assert session["versions"]["torch"] == torch.__version__.partition("+")[0]
+    start = record["starts"][0]
+    assert start["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert (
-        session["commit"]
+        start["commit"]
         == subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     )
     assert record["best"]["top1"] == max(float(row["top1"]) for row in rows(folder))
@@ -120,7 +120,7 @@ def test_an_interrupted_run_continues_to_the_same_weights_and_curve(step, number
     assert train.main(["stopped"]) == 0  # a run's folder as CONFIG continues it
     assert same_weights(whole, stopped)
     assert losses(stopped) == losses(whole)
-    assert len(json.loads((stopped / "run.json").read_text())["sessions"]) == 2
+    assert len(json.loads((stopped / "run.json").read_text())["starts"]) == 2
     events = EventAccumulator(str(stopped)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
     assert train.main(["stopped"]) == 0  # finished: nothing to do
@@ -466,7 +466,7 @@ def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
     job.result()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "finished"
-    assert len(record["sessions"]) == 2
+    assert len(record["starts"]) == 2
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch + 1) for epoch in range(40)]
 
 
