@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from config import Config
-from distributed import STOP_SIGNALS, Processes
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from config import Config
+from distributed import STOP_SIGNALS, Processes
 from metaformer.errors import InputError
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}

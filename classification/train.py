@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import Config, load_config, read_yaml, save_config
-from data import Data, TrainBatches, checked, load_data, seed_everything, shut_down, train_loader, val_loader
-from distributed import Processes, StopSignal, join
 from matplotlib.figure import Figure
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -34,11 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from validate import autocast, build_model, evaluate, normaliser, with_input_of
 
+from config import Config, load_config, read_yaml, save_config
+from data import Data, TrainBatches, checked, load_data, seed_everything, shut_down, train_loader, val_loader
+from distributed import Processes, StopSignal, join
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_file, write_json
 from metaformer.weights import read_checkpoint
+from validate import autocast, build_model, evaluate, normaliser, with_input_of
 
 MAY_CHANGE = {"output", "resume", "workers", "log_interval", "data_dir", "expected_top1"}
 """Settings that may differ when a run continues: they leave what it computes as it is."""

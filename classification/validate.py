@@ -13,9 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from config import Config, check, parse_overrides
-from data import checked, load_validation, shut_down, val_loader
-from distributed import Processes, join
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metaformer  # noqa: F401  (registers the models)
+from config import Config, check, parse_overrides
+from data import checked, load_validation, shut_down, val_loader
+from distributed import Processes, join
 from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import provenance, sha256, write_json
 from metaformer.weights import load_state, read_checkpoint, weights_of

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import train
 from PIL import Image
+
+import train
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -8,12 +8,12 @@ import pytest
 import timm
 import timm.models.metaformer as timm_metaformer
 import torch
-from oracles import HF_NAMES, OFFICIAL_NAMES, TIMM_NAMES, hf_twin, randomise, relative_error, renamed, timm_twin
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import metaformer
 from metaformer import VARIANTS, InputError, MetaFormer, MetaFormerBlock
+from oracles import HF_NAMES, OFFICIAL_NAMES, TIMM_NAMES, hf_twin, randomise, relative_error, renamed, timm_twin
 
 ROOT = Path(__file__).parents[1]
 # Published: mmpretrain's configs/poolformer/metafile.yml (Parameters), all five exact.

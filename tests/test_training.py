@@ -8,24 +8,24 @@ import sys
 import time
 from pathlib import Path
 
-import data
 import pytest
 import timm
 import torch
 import torchvision
-import train
-import validate
 import yaml
-from config import CONFIGS, load_config
-from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
-from oracles import relative_error
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_model import PARAMETERS
 from torchvision import transforms
 
+import data
 import metaformer
+import train
+import validate
+from config import CONFIGS, load_config
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
 from metaformer.weights import read_checkpoint
+from oracles import relative_error
+from test_model import PARAMETERS
 
 README = (ROOT / "README.md").read_text()
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+
 import train
 import validate
 from conftest import ROOT, TINY, draw
 from data import checked
-
 from metaformer import InputError
 from metaformer.weights import read_checkpoint
 
