@@ -316,6 +316,7 @@ def prepare_mnist5k(root: Path) -> Path:
 
         root.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=root.name))
+        partial.chmod(0o755)  # mkdtemp's own would shut out all others
         pixels, labels = mnist_data()  # (5000, 784) and (5000,), ordered by class, 500 each
         for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
             path = partial / ("val" if i % 5 == 4 else "train") / str(label) / f"{i:04d}.png"

@@ -38,7 +38,7 @@ from distributed import Processes, StopSignal, join
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_file, write_json
 from metaformer.weights import read_checkpoint
-from validate import autocast, build_model, evaluate, normaliser, with_input_of
+from validate import autocast, build_model, evaluate, normaliser, precision_on, with_input_of
 
 MAY_CHANGE = {"output", "resume", "workers", "log_interval", "data_dir", "expected_top1"}
 """Settings that may differ when a run continues: they leave what it computes as it is."""
@@ -131,10 +131,10 @@ class Trainer:
                 f"global_batch={config.global_batch} is larger than the {images} training images: "
                 f"use global_batch={images - images % processes.world} or less"
             )
-        self.steps = images // config.global_batch
         self.batches = TrainBatches(
             images, self.device_batch, self.passes, processes.rank, processes.world, config.seed
         )
+        self.steps = self.batches.steps
         self.train_loader = train_loader(config, self.data.train, self.batches, processes, workers)
         self.val_loader = val_loader(config, self.data.val, processes, workers)
         self.normalise = normaliser(config, device)
@@ -466,9 +466,6 @@ class Trainer:
         config, data, world = self.config, self.data.summary, self.processes.world
         hardware = self.starts[-1]["hardware"]
         device = f"{hardware['gpus'][0]}" if hardware["gpus"] else f"CPU ({torch.get_num_threads()} threads each)"
-        precision = config.precision
-        if precision == "auto":
-            precision = "bfloat16" if self.device.type == "cuda" else "float32"
         start = "released weights" if config.pretrained else config.checkpoint or "random weights"
         if self.epoch or self.step:
             start = f"continues at epoch {self.epoch + 1}, step {self.step}"
@@ -481,7 +478,7 @@ class Trainer:
             "batch": f"{config.global_batch} = {world} devices x {self.passes} passes x {self.device_batch} images",
             "lr": f"{self.lr:g} ({rule}), {config.opt}, {config.sched}",
             "epochs": f"{self.epochs} of {self.steps} steps",
-            "precision": precision + (", channels-last" if config.channels_last else ""),
+            "precision": precision_on(config, self.device) + (", channels-last" if config.channels_last else ""),
             "seed": config.seed,
             "output": f"{self.output}/",
         }

@@ -69,11 +69,15 @@ def normaliser(config: Config, device: torch.device) -> Callable[[Tensor], Tenso
     return normalise
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+def precision_on(config: Config, device: torch.device) -> str:
     """The precision of the config; "auto" is bfloat16 on CUDA and float32 on a CPU."""
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+    if config.precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return config.precision
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    precision = precision_on(config, device)
     if precision == "float16" and device.type == "cpu":
         raise InputError("precision=float16 needs a GPU: use float32 or bfloat16 on a CPU")
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
@@ -160,6 +164,7 @@ def main() -> None:
         shut_down(loader)
     if not processes.is_main:
         return
+    config = config.model_copy(update={"precision": precision_on(config, processes.device)})
     record = result_record(config, path, summary, metrics)
     record_path = record_path or default_record_path(path, config.model)
     write_json(record_path, record)

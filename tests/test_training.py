@@ -280,7 +280,7 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
     reference = run("epochs=1")
     for split in ("train", "val"):
         subprocess.run(["tar", "cf", f"{tmp_path}/{split}.tar", "-C", str(pictures / split), "a", "b", "c"], check=True)
-        shards, infos = tmp_path / "wds", {}
+        shards = tmp_path / "wds"
         shards.mkdir(exist_ok=True)
         (tmp_path / "hf").mkdir(exist_ok=True)
         files = sorted((pictures / split).glob("*/*.png"))
@@ -292,17 +292,15 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
             (staging / f"{i:04d}.cls").write_text(str(label))
         names = sorted(path.name for path in staging.iterdir())
         subprocess.run(["tar", "cf", str(shards / f"{split}-0000.tar"), "-C", str(staging), *names], check=True)
-        infos[split] = len(files)
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("abc")))
         columns = {"image": [str(file) for file in files], "label": labels}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hf" / f"{split}.parquet")
     kinds = {
         "tar": [f"data_dir={tmp_path}", "train_split=train.tar", "val_split=val.tar"],
         "torchvision": ["dataset=torch/image_folder"],
-        "hfds": ["dataset=hfds/parquet", f"data_dir={tmp_path}/cache", "val_split=validation"],
+        "hfds": [f"dataset=hfds/{tmp_path}/hf", f"data_dir={tmp_path}/cache"],
         "wds": ["dataset=wds/local", f"data_dir={tmp_path}/wds", "num_classes=3"],
     }
-    kinds["hfds"][0] = f"dataset=hfds/{tmp_path}/hf"
     splits = {
         name: {"name": name, "filenames": [f"{split}-0000.tar"], "shard_lengths": [images], "num_samples": images}
         for name, split, images in [("train", "train", 24), ("validation", "val", 9)]
@@ -358,7 +356,7 @@ def test_validate_agrees_with_torchvisions_transforms(run, pictures, tmp_path):
     assert record["kind"] == "classification"
     assert len(record["checkpoint"]["sha256"]) == 64
     assert {"command", "commit", "versions", "hardware", "date"} <= record.keys()
-    assert record["settings"]["img_size"] == 32
+    assert (record["settings"]["img_size"], record["settings"]["precision"]) == (32, "float32")
 
 
 def test_validate_takes_a_bare_checkpoint(run, pictures, tmp_path):
