@@ -7,12 +7,13 @@ READY := .venv/.installed
 
 install: $(READY)
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt pyproject.toml $(wildcard mmcv-torchvision-ops/*.* mmcv-torchvision-ops/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $$($(PYTHON) --version) is too old: give Python 3.10 or later, as in make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || \
 	  { echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	@rm -rf mmcv-torchvision-ops/build  # of an earlier install; setuptools would take its files
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 # PoolFormer-S12 on 5,000 real digits, a few minutes on two cores; ARGS go to dist_train.sh.

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from types import TracebackType
 
 
 class InputError(ValueError):
@@ -29,14 +30,41 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        wrong_input = isinstance(error, InputError)
-        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            report_to_torchrun(error)
-        elif wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
-            print(f"error: {error}", file=sys.stderr)
+        sys.exit(report(error))
+
+
+def report(error: Exception) -> int:
+    """Say what went wrong, in a sentence where it is the input; returns the exit status."""
+    wrong_input = isinstance(error, InputError)
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report_to_torchrun(error)
+    elif wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 2 if wrong_input else 1
+
+
+def exit_on_input_error() -> None:
+    """As :func:`run_command`, for a program whose ``main`` is not ours: an uncaught ``InputError`` is reported so."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, InputError):
+            previous(kind, error, trace)
+        elif os.environ.get("METAFORMER_TRACEBACK"):
+            sys.exit(report(error))
         else:
-            traceback.print_exception(error)
-        sys.exit(2 if wrong_input else 1)
+            sys.exit(report(first_of(error)))
+
+    sys.excepthook = hook
+
+
+def first_of(error: InputError) -> InputError:
+    """The error as it was raised first: registries wrap it in its own kind, loaders put their worker's traceback in."""
+    while isinstance(inner := error.__cause__ or error.__context__, InputError):
+        error = inner
+    return InputError(str(error).rpartition("InputError: ")[2].strip())
 
 
 def report_to_torchrun(error: Exception) -> None:

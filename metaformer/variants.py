@@ -7,12 +7,13 @@ timm's own.
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from metaformer.errors import InputError, nearest
 from metaformer.model import MetaFormer
 from metaformer.weights import from_official
 
@@ -54,16 +55,24 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def entry_point(name: str, variant: Variant) -> Callable[..., nn.Module]:
+def variant_arguments(name: str) -> dict[str, Any]:
+    """The arguments of :class:`MetaFormer` that make the variant ``name``; ``InputError`` if there is none."""
+    if name not in VARIANTS:
+        raise InputError(f"there is no variant {name!r}{nearest(name, VARIANTS)}: there are {', '.join(VARIANTS)}")
+    variant = VARIANTS[name]
+    return {"depths": variant.depths, "dims": variant.dims, "layer_scale_init": variant.layer_scale_init}
+
+
+def entry_point(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs) -> nn.Module:
-        arguments = {"depths": variant.depths, "dims": variant.dims, "layer_scale_init": variant.layer_scale_init}
+        arguments = {**variant_arguments(name), **kwargs}
         return build_model_with_cfg(
             MetaFormer,
             name,
             pretrained,
             pretrained_filter_fn=from_official,
-            feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(variant.depths)))},
-            **{**arguments, **kwargs},
+            feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(arguments["depths"])))},
+            **arguments,
         )
 
     create.__name__ = create.__qualname__ = name
@@ -73,5 +82,5 @@ def entry_point(name: str, variant: Variant) -> Callable[..., nn.Module]:
 with warnings.catch_warnings():
     # timm warns of names registered twice; here that is the point.
     warnings.filterwarnings("ignore", message="Overwriting", category=UserWarning)
-    for _name, _variant in VARIANTS.items():
-        register_model(entry_point(_name, _variant))
+    for _name in VARIANTS:
+        register_model(entry_point(_name))

@@ -88,28 +88,38 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
     """:func:`load_weights` for a state dict at hand; ``source`` is its name in errors."""
     own = model.state_dict()
     classifier = next((f"{name}." for name, module in model.named_modules() if module is model.get_classifier()), "")
-    missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-    misshaped = {name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape}
-    other_head = {name for name in misshaped if name.startswith(classifier)}
-    if other_head and not (missing or unexpected or misshaped - other_head or replace_head):
+    problems = differences(own, state_dict)
+    other_head = {name for name in problems["of another shape"] if name.startswith(classifier)}
+    problems["of another shape"] -= other_head
+    if other_head and not (any(problems.values()) or replace_head):
         raise InputError(
             f"{source} has a classifier of {len(state_dict[min(other_head)])} classes and the model one of "
             f"{model.num_classes}: use replace_head=true to start with a new classifier"
         )
     if replace_head:
         state_dict = {**state_dict, **{name: own[name] for name in other_head}}
-        misshaped -= other_head
-    problems = [
-        f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in [
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshaped),
-        ]
-        if names
-    ]
-    if problems:
+    else:
+        problems["of another shape"] |= other_head
+    if any(problems.values()):
         raise InputError(
-            f"{source} holds another architecture than the model ({type(model).__name__}): {', '.join(problems)}"
+            f"{source} holds another architecture than the model ({type(model).__name__}): {listed(problems)}"
         )
     model.load_state_dict(state_dict)
+
+
+def differences(own: StateDict, given: StateDict) -> dict[str, set[str]]:
+    """Names of the tensors in which ``given`` differs from a model's ``own``, by kind of difference."""
+    return {
+        "missing": own.keys() - given.keys(),
+        "unexpected": given.keys() - own.keys(),
+        "of another shape": {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape},
+    }
+
+
+def listed(differences: dict[str, set[str]]) -> str:
+    """A phrase for an error message: how many of each kind, and the first three names."""
+    return ", ".join(
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in differences.items()
+        if names
+    )

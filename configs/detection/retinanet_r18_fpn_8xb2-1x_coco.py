@@ -1,0 +1,22 @@
+# RetinaNet, ResNet-18, 1x on COCO: box AP 31.8, 21.3 M parameters in the paper (Table 3).
+# 8 A100 x 2 pictures in the paper; not run here.
+# All ResNet figures of Table 3 equal those of the PVT paper (arXiv 2102.12122), whose recipe this is: AdamW,
+# 16 pictures, 12 epochs.
+#   mim train mmdet configs/detection/retinanet_r18_fpn_8xb2-1x_coco.py \
+#     --launcher pytorch --gpus 8
+#   mim test mmdet configs/detection/retinanet_r18_fpn_8xb2-1x_coco.py \
+#     --checkpoint work_dirs/retinanet_r18_fpn_8xb2-1x_coco/epoch_12.pth --launcher pytorch --gpus 8
+_base_ = ["_base_/retinanet.py", "_base_/coco_1x.py"]
+model = dict(
+    backbone=dict(
+        type="ResNet",
+        depth=18,
+        out_indices=(1, 2, 3),
+        frozen_stages=1,
+        norm_eval=True,
+        norm_cfg=dict(type="BN", requires_grad=True),
+        style="pytorch",
+        init_cfg=dict(type="Pretrained", checkpoint="https://download.pytorch.org/models/resnet18-f37072fd.pth"),
+    ),
+    neck=dict(in_channels=[128, 256, 512]),
+)

@@ -1,0 +1,106 @@
+"""Checkpoints of mmengine, read with ``weights_only`` on: what it pickles besides tensors is allowed by name."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank, is_distributed
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from torch import distributed, nn
+
+from metaformer.errors import InputError
+from metaformer.mm.backbone import MetaFormerBackbone, rename_official
+from metaformer.weights import StateDict, differences, listed, read_checkpoint
+
+
+def attribute_of_history(owner: type, name: str) -> Any:
+    """Stands for ``getattr`` in a checkpoint, where mmengine needs it for its history's methods and nothing else."""
+    if owner is not HistoryBuffer:
+        raise pickle.UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
+    return getattr(owner, name)
+
+
+torch.serialization.add_safe_globals(
+    [
+        HistoryBuffer,
+        (attribute_of_history, "builtins.getattr"),
+        np.ndarray,
+        np.dtype,
+        np._core.multiarray._reconstruct,
+        np._core.multiarray.scalar,
+        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # as NumPy 1 wrote them
+        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+        *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+    ]
+)
+
+
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def load_from_local(filename: str, map_location: Any = None) -> dict:
+    """In place of mmengine's: errors as one sentence. Tensors stay on the CPU; who loads them copies them."""
+    return read(Path(filename).expanduser())
+
+
+@CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
+def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None) -> dict:
+    """In place of mmengine's, which reads downloads with ``weights_only`` off. The first process fetches."""
+    folder = Path(model_dir or Path(torch.hub.get_dir()) / "checkpoints")
+    path = folder / Path(urlparse(filename).path).name
+    if get_rank() == 0:
+        fetch(filename, path)
+    if is_distributed():
+        distributed.barrier()
+    fetch(filename, path)  # on the other machines, where they share no file system
+    return read(path)
+
+
+def read(path: Path) -> dict:
+    checkpoint = read_checkpoint(path)
+    if isinstance(checkpoint.get("meta"), dict):
+        # Of old versions: mmengine would execute it as Python, to learn how many GPUs there were.
+        checkpoint["meta"].pop("config", None)
+    return checkpoint
+
+
+def fetch(url: str, path: Path) -> None:
+    if path.is_file():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
+    except OSError as error:
+        raise InputError(
+            f"cannot fetch {url} ({error}): fetch it elsewhere and name the file, for a backbone with "
+            "--cfg-options model.backbone.init_cfg.checkpoint=FILE"
+        ) from error
+
+
+def weights_for(model: nn.Module, checkpoint: dict) -> StateDict:
+    """The weights in a checkpoint of a detector or segmentor, the official ones too, under the names of ``model``."""
+    weights = {
+        name.removeprefix("module."): tensor for name, tensor in checkpoint.get("state_dict", checkpoint).items()
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, MetaFormerBackbone):
+            rename_official(module, weights, f"{name}.")
+    return weights
+
+
+def check_weights(model: nn.Module, weights: StateDict, source: str, part: str = "") -> None:
+    """Raise unless ``weights`` has each tensor of ``model`` (those under ``part``) in its shape, and no other.
+
+    mmengine itself loads what fits and goes on with random numbers in place of the rest.
+
+    Raises:
+        InputError: with the names that differ.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(part)}
+    given = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
+    problems = differences(own, given)
+    if any(problems.values()):
+        raise InputError(f"{source} holds another model than the config builds: {listed(problems)}")

@@ -1,0 +1,118 @@
+"""Hooks for mmengine's Runner: nothing loaded in part, no training on NaN, a record of each test."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from metaformer.errors import InputError
+from metaformer.mm.checkpoint import check_weights, weights_for
+from metaformer.provenance import provenance, sha256, write_json
+from metaformer.weights import differences, listed
+
+
+@HOOKS.register_module()
+class WholeCheckpoint(Hook):
+    """Refuses a checkpoint of another model, of which mmengine would load what fits and pass over the rest.
+
+    To fine-tune (``load_from`` without resuming) the heads may differ, as for other classes; what does is logged.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = bare(runner.model)
+        weights = weights_for(model, checkpoint)
+        source = str(runner._load_from or runner.work_dir)
+        in_training = not isinstance(runner._train_loop, dict | None)
+        if not in_training or runner._resume:
+            check_weights(model, weights, source)
+            return
+        check_weights(model, weights, source, part="backbone.")
+        problems = differences(model.state_dict(), weights)
+        if any(problems.values()):
+            print_log(f"{source}: not loaded are {listed(problems)}", logger="current", level=logging.WARNING)
+
+
+@HOOKS.register_module()
+class FiniteLoss(Hook):
+    """Stops at the first loss that is not finite, before a checkpoint is made of it."""
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        loss = float(outputs["loss"])
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} at iteration {runner.iter + 1}: lower the learning rate "
+                f"(optim_wrapper.optimizer.lr); the checkpoints in {runner.work_dir} are from before"
+            )
+
+
+@HOOKS.register_module()
+class SameClasses(Hook):
+    """Refuses a head for another number of classes than the data set has."""
+
+    def before_train(self, runner: Runner) -> None:
+        self._check(runner, runner.train_dataloader.dataset)
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self._check(runner, runner.test_dataloader.dataset)
+
+    def _check(self, runner: Runner, dataset: Any) -> None:
+        classes = len(dataset.metainfo["classes"])
+        for name, head in bare(runner.model).named_modules():
+            known = getattr(head, "num_classes", None)
+            if name.endswith("_head") and "rpn" not in name and known not in (None, classes):
+                raise InputError(
+                    f"model.{name} predicts {known} classes, but the data set has {classes}: "
+                    f"use --cfg-options model.{name}.num_classes={classes}"
+                )
+
+
+@HOOKS.register_module()
+class ResultRecord(Hook):
+    """Writes the figures of a test with their provenance to ``result.json`` in the log folder of the run."""
+
+    priority = "VERY_LOW"  # after they are printed, so that a full disk does not take them along
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if not is_main_process():
+            return
+        config, dataset = runner.cfg, runner.test_dataloader.dataset
+        checkpoint = Path(runner._load_from).expanduser() if runner._load_from else None
+        path = Path(runner.log_dir) / "result.json"
+        record = {
+            "kind": {"mmdet": "detection", "mmseg": "segmentation"}[config.default_scope],
+            "model": Path(config.filename).stem,
+            "checkpoint": None
+            if checkpoint is None
+            else {"file": checkpoint.name, "sha256": sha256(checkpoint) if checkpoint.is_file() else None},
+            "data": {
+                "name": type(dataset).__name__,
+                "data_dir": str(dataset.data_root),
+                "annotations": str(config.test_dataloader.dataset.get("ann_file", "")),
+                "images": len(dataset),
+                "classes": len(dataset.metainfo["classes"]),
+            },
+            "settings": {
+                "pipeline": [dict(step) for step in config.test_dataloader.dataset.pipeline],
+                "seed": runner.seed,
+                "gpus": runner.world_size if torch.cuda.is_available() else 0,
+            },
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            **provenance(),
+        }
+        write_json(path, record)
+        print_log(f"result record: {path}", logger="current")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model

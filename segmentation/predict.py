@@ -1,0 +1,9 @@
+"""Classes drawn over pictures: python segmentation/predict.py CONFIG CHECKPOINT PICTURE... [--out FOLDER]"""
+
+from mmseg.apis import inference_model
+
+from metaformer.errors import run_command
+from metaformer.mm.predict import predict
+
+if __name__ == "__main__":
+    run_command(lambda: predict(inference_model, drawing={"with_labels": True}))
