@@ -17,7 +17,10 @@ import torch
 
 from metaformer.errors import InputError
 
-PACKAGES = ("metaformer", "torch", "torchvision", "timm", "numpy", "pillow", "transformers", "mmengine", "mmcv-lite")
+PACKAGES = (
+    *("metaformer", "torch", "torchvision", "timm", "numpy", "pillow", "transformers"),
+    *("mmengine", "mmcv-lite", "mmcv", "mmdet", "mmsegmentation", "opencv-python", "pycocotools"),
+)
 
 
 def provenance() -> dict[str, Any]:

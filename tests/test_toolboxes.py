@@ -456,5 +456,5 @@ def test_predict_names_what_is_no_picture(trained_segmentor, tmp_path, monkeypat
         with pytest.raises(InputError, match=says):
             predict(inference_model, {})
     monkeypatch.setattr(sys, "argv", ["predict.py", "no.py", *known])
-    with pytest.raises(InputError, match="there is no config no.py"):
+    with pytest.raises(InputError, match=r"there is no config no\.py"):
         predict(inference_model, {})
