@@ -30,41 +30,37 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        sys.exit(report(error))
-
-
-def report(error: Exception) -> int:
-    """Say what went wrong, in a sentence where it is the input; returns the exit status."""
-    wrong_input = isinstance(error, InputError)
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report_to_torchrun(error)
-    elif wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    return 2 if wrong_input else 1
+        wrong_input = isinstance(error, InputError)
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            report_to_torchrun(error)
+        elif wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.exit(2 if wrong_input else 1)
 
 
 def exit_on_input_error() -> None:
-    """As :func:`run_command`, for a program whose ``main`` is not ours: an uncaught ``InputError`` is reported so."""
+    """As :func:`run_command`, where the ``main`` is not ours: an uncaught ``InputError`` prints its sentence."""
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not isinstance(error, InputError):
-            previous(kind, error, trace)
-        elif os.environ.get("METAFORMER_TRACEBACK"):
-            sys.exit(report(error))
+        wrong_input = isinstance(error, InputError)
+        if wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
+            print(f"error: {as_raised(error)}", file=sys.stderr)
         else:
-            sys.exit(report(first_of(error)))
+            previous(kind, error, trace)
+        if wrong_input:
+            sys.exit(2)
 
     sys.excepthook = hook
 
 
-def first_of(error: InputError) -> InputError:
-    """The error as it was raised first: registries wrap it in its own kind, loaders put their worker's traceback in."""
+def as_raised(error: InputError) -> str:
+    """The sentence itself: registries raise their own around it, loaders put their worker's traceback before it."""
     while isinstance(inner := error.__cause__ or error.__context__, InputError):
         error = inner
-    return InputError(str(error).rpartition("InputError: ")[2].strip())
+    return str(error).rpartition("InputError: ")[2].strip()
 
 
 def report_to_torchrun(error: Exception) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints and data that are not what mmdet and mmseg are told: one sentence each, and nothing used in part."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import metaformer.mm.detection
 import metaformer.mm.segmentation
 from drawn import detection_config, draw_coco, draw_scenes, segmentation_config
 from metaformer import InputError
+from metaformer.errors import as_raised
 from metaformer.mm.predict import load_model
 from oracles import OFFICIAL_NAMES, renamed
 
@@ -204,5 +206,8 @@ def test_wrong_segmentation_data(tmp_path, spoil, says, workers):
     config = Config.fromfile(segmentation_config(tmp_path / "tiny.py", data))
     config.train_dataloader.update(num_workers=workers, sampler={"type": "DefaultSampler", "shuffle": False})
     init_default_scope("mmseg")
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError) as caught:
         list(Runner.build_dataloader(config.train_dataloader))
+    sentence = as_raised(caught.value)
+    assert re.search(says, sentence)
+    assert "\n" not in sentence

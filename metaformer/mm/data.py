@@ -16,7 +16,7 @@ class NamesBadFiles:
         except InputError:
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"cannot use {self.get_data_info(idx)['img_path']}: {reason}") from error
 
 
