@@ -1,6 +1,7 @@
 # Everything below sets itself up in .venv; the machine needs Python 3.10 or later and make.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := .venv/.installed
 
 .PHONY: install demo test lint
@@ -13,7 +14,9 @@ $(READY): requirements.txt pyproject.toml $(wildcard mmcv-torchvision-ops/*.* mm
 	@$(PYTHON) -m venv .venv || \
 	  { echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 	@rm -rf mmcv-torchvision-ops/build  # of an earlier install; setuptools would take its files
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	@# mmengine asks for opencv-python, which needs the machine's libGL: the files without windows take its place.
+	$(PIP) --no-deps --force-reinstall $$(sed -n 's/^opencv-python\(==[0-9.]*\).*/opencv-python-headless\1/p' requirements.txt)
 	@touch $@
 
 # PoolFormer-S12 on 5,000 real digits, a few minutes on two cores; ARGS go to dist_train.sh.

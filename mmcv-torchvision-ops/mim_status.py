@@ -1,8 +1,9 @@
-"""The ``mim`` command of openmim 0.3.9, mended in two places.
+"""The ``mim`` command of openmim 0.3.9, with errors in one line and the right exit status.
 
-It lets the exception of a failed run, or of wrong arguments, end in its own traceback and status 1, whatever the run's
-status and after the run has already printed its error. And it parses its arguments with a copy of an old click's code:
-with click 8.3 or later every option that is not given arrives as a placeholder instead of None, and Slurm fails on it.
+openmim lets the exception of a failed run, or of wrong arguments, end in its own traceback and status 1, whatever the
+run's status and after the run has already printed its error. It parses its arguments with a copy of an old click's
+code: with click 8.3 or later every option that is not given arrives as a placeholder instead of None, and Slurm fails
+on it. What mmengine refuses without a GPU it refuses by an assertion, far into the run.
 """
 
 import os
@@ -18,6 +19,13 @@ def main() -> None:
     import click
     from mim.cli import cli
     from mim.click import CustomCommand
+
+    if {"--amp", "pytorch", "--launcher=pytorch"} & set(sys.argv):
+        import torch
+
+        if not torch.cuda.is_available():
+            print("error: --amp and --launcher pytorch need a GPU, and there is none: leave them out", file=sys.stderr)
+            sys.exit(2)
 
     def parse_args(self: CustomCommand, context: click.Context, arguments: list[str]) -> list[str]:
         self.raw_args = [argument for argument in arguments if argument not in ("-h", "--help")]

@@ -361,3 +361,15 @@ def test_mim_exits_with_the_status_of_the_run(returncode, status, monkeypatch, c
         mim_status.main()
     assert exit.value.code == status
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore")  # openmim's own
+@pytest.mark.parametrize("options", [["--amp"], ["--launcher", "pytorch", "--gpus", "2"], ["--launcher=pytorch"]])
+def test_mim_names_what_needs_a_gpu(options, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(sys, "argv", ["mim", "train", "mmdet", "config.py", *options])
+    with pytest.raises(SystemExit) as exit:
+        mim_status.main()
+    assert exit.value.code == 2
+    assert "need a GPU" in capsys.readouterr().err

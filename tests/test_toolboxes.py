@@ -66,6 +66,7 @@ TABLE_4 = {
 }
 COUNTED = {"fpn_poolformer-s24": 25.1, "fpn_r18": 15.4}
 """Where the count differs from the print: S24 is a misprint of the paper, R18 is printed so in the PVT paper, too."""
+README = ROOT / "detection/README.md"
 CONFIGS = {
     **{row: ROOT / f"configs/detection/{row}_fpn_8xb2-1x_coco.py" for row in TABLE_3},
     **{row: ROOT / f"configs/segmentation/{row}_8xb4-40k_ade20k-512x512.py" for row in TABLE_4},
@@ -149,6 +150,15 @@ def test_drop_path_is_off_unless_asked_for():
     assert rates == pytest.approx([0.1 * i / 11 for i in range(1, 12)])
 
 
+def test_readme_s_mixer_of_ones_own():
+    """The snippet of detection/README.md, run as it stands."""
+    snippet = next(s for s in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "register_module" in s)
+    exec(snippet, {})
+    model = MODELS.build({"type": "ShiftFormer", "out_indices": (1, 2, 3)})
+    assert "ShiftMixer" in str(model)
+    assert [level.shape[1] for level in model(torch.randn(1, 3, 64, 64))] == [128, 320, 512]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -158,6 +168,7 @@ def test_drop_path_is_off_unless_asked_for():
         ({"out_indices": ()}, "out_indices=()"),
         ({"frozen_stages": 5}, "frozen_stages=5"),
         ({"init_cfg": {"type": "Kaiming"}}, "init_cfg"),
+        ({"init_cfg": {"type": "Pretrained"}}, "checkpoint=..."),
     ],
 )
 def test_wrong_arguments(arguments, says):

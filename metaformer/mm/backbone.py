@@ -62,7 +62,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
             raise InputError(
                 f"frozen_stages={frozen_stages}: use -1 (none), 0 (the stem) to {levels} (all of {variant})"
             )
-        if init_cfg is not None and init_cfg.get("type") != "Pretrained":
+        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or not init_cfg.get("checkpoint")):
             raise InputError(
                 f"init_cfg of the backbone is {init_cfg}: use dict(type='Pretrained', checkpoint=...) or None"
             )

@@ -9,7 +9,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -115,4 +115,4 @@ class ResultRecord(Hook):
 
 
 def bare(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
+    return model.module if is_model_wrapper(model) or isinstance(model, BaseTTAModel) else model
