@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).parents[1]
+from conftest import ROOT
+
 SHAPES = ("square", "disc")
 
 

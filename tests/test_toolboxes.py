@@ -26,7 +26,8 @@ from torch import nn
 
 import metaformer.mm.detection
 import metaformer.mm.segmentation
-from drawn import ROOT, detection_config, draw_coco, draw_scenes, segmentation_config
+from conftest import ROOT
+from drawn import detection_config, draw_coco, draw_scenes, segmentation_config
 from metaformer import InputError
 from metaformer.mm.backbone import MetaFormerBackbone
 from metaformer.mm.predict import predict
