@@ -125,7 +125,7 @@ train_dataloader = dict(
     dataset=dict(
         pipeline=[
             dict(type="LoadImageFromFile"),
-            dict(type="LoadAnnotations", reduce_zero_label=True),
+            dict(type="LoadAnnotations"),
             dict(type="RandomCrop", crop_size=(64, 64), cat_max_ratio=0.75),
             dict(type="PackSegInputs"),
         ],
@@ -136,7 +136,7 @@ val_dataloader = dict(
             dict(type="LoadImageFromFile"),
             dict(type="Resize", scale=(128, 64), keep_ratio=True),
             dict(type="ResizeToMultiple", size_divisor=32),
-            dict(type="LoadAnnotations", reduce_zero_label=True),
+            dict(type="LoadAnnotations"),
             dict(type="PackSegInputs"),
         ],
         **data), **loading)

@@ -194,6 +194,15 @@ def test_boxes_alone_are_enough_for_retinanet(tmp_path):
         (lambda d: (d / "images").rename(d / "pictures"), "there is no folder .*ADEChallengeData2016.zip"),
         (lambda d: (d / "images/training/001.jpg").write_text("no picture"), r"cannot use .*001.jpg"),
         (
+            lambda d: (d / "annotations/training/001.png").write_text("no picture"),
+            r"001.png is not a picture of labels",
+        ),
+        (
+            lambda d: Image.fromarray(np.full((71, 90), 256, np.uint16)).save(d / "annotations/training/001.png"),
+            r"001.png has pixels of the kind I;16",
+        ),
+        (lambda d: Image.new("RGB", (90, 71)).save(d / "annotations/training/001.png"), "pixels of the kind RGB"),
+        (
             lambda d: Image.fromarray(np.full((71, 90), 4, np.uint8)).save(d / "annotations/training/001.png"),
             r"001.png has the label 3 after reduce_zero_label, but the 3 classes have the labels 0 to 2",
         ),

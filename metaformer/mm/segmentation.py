@@ -5,6 +5,7 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
+from PIL import Image
 
 import metaformer.mm  # noqa: F401  (registers the backbone and the hooks)
 from metaformer.errors import InputError
@@ -17,8 +18,8 @@ class CheckedSegmentation(NamesBadFiles):
     """Mixed into a data set of mmseg: wrong data end in a sentence.
 
     Raises:
-        InputError: no folder, no picture in it, a picture without its label map; while samples are made, a label
-            outside the classes.
+        InputError: no folder, no picture in it, a picture without its label map; while samples are made, a file that
+            is not what it should be, a label outside the classes.
     """
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -36,6 +37,9 @@ class CheckedSegmentation(NamesBadFiles):
         return data
 
     def prepare_data(self, idx: int) -> dict[str, Any]:
+        info = self.get_data_info(idx)
+        if "seg_map_path" in info:
+            check_label_map(info["seg_map_path"])
         sample = super().prepare_data(idx)
         truth = sample["data_samples"].get("gt_sem_seg")
         classes = len(self.metainfo["classes"])
@@ -44,10 +48,23 @@ class CheckedSegmentation(NamesBadFiles):
             if labels.numel() and labels.max() >= classes:
                 shift = " after reduce_zero_label" if self.reduce_zero_label else ""
                 raise InputError(
-                    f"{self.get_data_info(idx)['seg_map_path']} has the label {labels.max().item()}{shift}, but the "
+                    f"{info['seg_map_path']} has the label {labels.max().item()}{shift}, but the "
                     f"{classes} classes have the labels 0 to {classes - 1}, and {self.ignore_index} is ignored"
                 )
         return sample
+
+
+def check_label_map(path: str) -> None:
+    """Raise unless the file holds a byte for each pixel: mmseg cuts more to a byte in silence, and takes colours."""
+    try:
+        with Image.open(path) as labels:
+            mode = labels.mode
+    except OSError as error:
+        raise InputError(f"{path} is not a picture of labels: {error}") from error
+    if mode not in ("L", "P"):
+        raise InputError(
+            f"{path} has pixels of the kind {mode}: a label map has one byte for each (L, or P for a palette)"
+        )
 
 
 @DATASETS.register_module()

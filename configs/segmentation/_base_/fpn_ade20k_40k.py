@@ -44,7 +44,7 @@ train_dataloader = dict(
         data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
         pipeline=[
             dict(type="LoadImageFromFile"),
-            dict(type="LoadAnnotations", reduce_zero_label=True),
+            dict(type="LoadAnnotations"),
             dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
             dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75),
             dict(type="RandomFlip", prob=0.5),
@@ -68,7 +68,7 @@ val_dataloader = dict(
             # Official; the paper says short side 512 alone. Worth 0.2 to 1.4 mIoU (mmsegmentation pull request 2191
             # and its README).
             dict(type="ResizeToMultiple", size_divisor=32),
-            dict(type="LoadAnnotations", reduce_zero_label=True),  # after Resize: the truth keeps its size
+            dict(type="LoadAnnotations"),  # after Resize: the truth keeps its size
             dict(type="PackSegInputs"),
         ],
     ),
