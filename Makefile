@@ -3,17 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := .venv/.installed
+OPS := mmcv-torchvision-ops
 
 .PHONY: install demo test lint
 
 install: $(READY)
 
-$(READY): requirements.txt pyproject.toml $(wildcard mmcv-torchvision-ops/*.* mmcv-torchvision-ops/*/*)
+$(READY): requirements.txt pyproject.toml $(OPS)/pyproject.toml $(OPS)/mim_status.py $(OPS)/mmcv/_ext.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $$($(PYTHON) --version) is too old: give Python 3.10 or later, as in make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || \
 	  { echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
-	@rm -rf mmcv-torchvision-ops/build  # of an earlier install; setuptools would take its files
+	@rm -rf $(OPS)/build  # of an earlier install; setuptools would take its files
 	$(PIP) -r requirements.txt
 	@# mmengine asks for opencv-python, which needs the machine's libGL: the files without windows take its place.
 	$(PIP) --no-deps --force-reinstall $$(sed -n 's/^opencv-python\(==[0-9.]*\).*/opencv-python-headless\1/p' requirements.txt)
