@@ -48,7 +48,7 @@ class FiniteLoss(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        loss = float(outputs["loss"])
+        loss = outputs["loss"].item()
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss is {loss} at iteration {runner.iter + 1}: lower the learning rate "
