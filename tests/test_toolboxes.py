@@ -255,6 +255,12 @@ def test_download_is_cached_and_a_dead_address_named(tmp_path, official, monkeyp
         checkpoint = CheckpointLoader.load_checkpoint("https://example.org/poolformer_s12.pth.tar")
         assert checkpoint.keys() == torch.load(official[0]).keys()
     assert fetched == ["https://example.org/poolformer_s12.pth.tar"]
+    cached = tmp_path / "hub/checkpoints/poolformer_s12.pth.tar"
+    cached.write_bytes(cached.read_bytes()[:9999])
+    with pytest.raises(InputError, match="damaged"):
+        CheckpointLoader.load_checkpoint("https://example.org/poolformer_s12.pth.tar")
+    CheckpointLoader.load_checkpoint("https://example.org/poolformer_s12.pth.tar")
+    assert len(fetched) == 2
     monkeypatch.undo()
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"cannot fetch https://127\.0\.0\.1:9/x\.pth"):

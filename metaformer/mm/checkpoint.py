@@ -25,17 +25,17 @@ def attribute_of_history(owner: type, name: str) -> Any:
     return getattr(owner, name)
 
 
+make_array, make_scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
 torch.serialization.add_safe_globals(
     [
         HistoryBuffer,
         (attribute_of_history, "builtins.getattr"),
         np.ndarray,
         np.dtype,
-        np._core.multiarray._reconstruct,
-        np._core.multiarray.scalar,
-        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # as NumPy 1 wrote them
-        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
         *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+        # NumPy 2 writes numpy._core, NumPy 1 wrote numpy.core.
+        *((make_array, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
+        *((make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
     ]
 )
 
@@ -56,7 +56,11 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: str | Non
     if is_distributed():
         distributed.barrier()
     fetch(filename, path)  # on the other machines, where they share no file system
-    return read(path)
+    try:
+        return read(path)
+    except InputError:
+        path.unlink(missing_ok=True)  # to be fetched again
+        raise
 
 
 def read(path: Path) -> dict:
