@@ -21,7 +21,7 @@ class NamesBadFiles:
 
 
 def check_there(paths: Iterable[str], listed_in: str) -> None:
-    """Raise unless every file is there. Each folder is read once: COCO has 118,287 pictures, on a disk far away."""
+    """Raise unless every file is there. Each folder is read once: COCO has 118K pictures, on a disk far away."""
     names: dict[Path, set[str]] = {}
     missing = []
     for path in map(Path, paths):
