@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import metaformer  # noqa: F401  (registers the models)
+import metaformer
 from config import Config, check, parse_overrides
 from data import checked, load_validation, shut_down, val_loader
 from distributed import Processes, join
@@ -33,10 +33,12 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     if not timm.is_model(config.model):
         raise InputError(f"there is no model {config.model!r}{nearest(config.model, timm.list_models())}")
     # timm hands on what is not None: a model without drop path need not know the word.
-    rates = {"drop_path_rate": config.drop_path or None, "drop_rate": config.drop or None}
+    arguments = {"drop_path_rate": config.drop_path or None, "drop_rate": config.drop or None}
+    if config.model in metaformer.VARIANTS:
+        arguments["img_size"] = config.img_size  # for token mixers that fix the number of tokens
     try:
         model = timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=num_classes, **rates, **config.model_args
+            config.model, pretrained=config.pretrained, num_classes=num_classes, **{**arguments, **config.model_args}
         )
     except TypeError as error:
         raise InputError(f"{config.model} does not take these arguments: {error}") from error

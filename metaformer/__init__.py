@@ -1,18 +1,25 @@
 """PoolFormer and MetaFormer (arXiv 2111.11418). Importing this registers the models with timm."""
 
 from metaformer.errors import InputError
-from metaformer.mixers import Pooling
-from metaformer.model import MLN, ChannelMlp, MetaFormer, MetaFormerBlock
-from metaformer.variants import VARIANTS
+from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
+from metaformer.model import MLN, ChannelLayerNorm, ChannelMlp, MetaFormer, MetaFormerBlock
+from metaformer.variants import ABLATIONS, POOLFORMERS, VARIANTS
 from metaformer.weights import load_weights
 
 __all__ = [
+    "ABLATIONS",
     "MLN",
+    "POOLFORMERS",
     "VARIANTS",
+    "Attention",
+    "ChannelLayerNorm",
     "ChannelMlp",
+    "DepthwiseConv",
     "InputError",
     "MetaFormer",
     "MetaFormerBlock",
     "Pooling",
+    "RandomMixing",
+    "SpatialFC",
     "load_weights",
 ]

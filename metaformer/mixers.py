@@ -1,6 +1,13 @@
 """Token mixers: modules from (B, C, H, W) to the same shape that move information between positions."""
 
+import torch
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metaformer.errors import InputError
+
+Size = tuple[int, int]
 
 
 class Pooling(nn.Module):
@@ -20,3 +27,101 @@ class Pooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(x) - x
+
+
+class DepthwiseConv(nn.Conv2d):
+    """One 3 x 3 filter per channel, with bias (Table 5).
+
+    The paper gives no kernel size: 3 follows from its 11.9 M parameters, which leave no room for 5. Nor does it say
+    whether the input is subtracted as in pooling; not here, where the filter's centre can learn to.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+
+class RandomMixing(nn.Module):
+    """``W x`` over the N = H * W positions, W an N x N matrix that is drawn once and stays (section 4.4).
+
+    Uniform in [0, 1), then a softmax over each row. The input is not subtracted.
+
+    Args:
+        dim: number of channels C, which share the matrix.
+        size: H and W of the maps.
+
+    Raises:
+        InputError: maps of another size.
+    """
+
+    def __init__(self, dim: int, size: Size):
+        super().__init__()
+        self.size = tuple(size)
+        positions = size[0] * size[1]
+        self.weight = nn.Parameter(torch.rand(positions, positions).softmax(dim=-1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
+        return F.linear(x.flatten(2), self.weight).view_as(x)
+
+
+class SpatialFC(nn.Module):
+    """One linear layer over the N = H * W positions, shared by the channels, without bias (section 4.4).
+
+    Args:
+        dim: number of channels C; the weights do not depend on it.
+        size: H and W of the maps.
+
+    Raises:
+        InputError: maps of another size.
+    """
+
+    def __init__(self, dim: int, size: Size):
+        super().__init__()
+        self.size = tuple(size)
+        positions = size[0] * size[1]
+        self.fc = nn.Linear(positions, positions, bias=False)
+        trunc_normal_(self.fc.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
+        return self.fc(x.flatten(2)).view_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the positions; no bias in the queries, keys and values (section 4.4).
+
+    Args:
+        dim: number of channels C, a multiple of ``head_dim``.
+        head_dim: channels of a head.
+
+    Raises:
+        InputError: ``dim`` is not a multiple of ``head_dim``.
+    """
+
+    def __init__(self, dim: int, head_dim: int = 32):
+        super().__init__()
+        if dim % head_dim:
+            raise InputError(f"attention with {head_dim} channels per head cannot divide {dim} channels")
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        trunc_normal_(self.qkv.weight, std=0.02)
+        trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        qkv = self.qkv(tokens).unflatten(-1, (3, -1, self.head_dim))  # (B, N, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def check_size(module: nn.Module, x: Tensor) -> None:
+    """Refuse a map that is not of the size (H, W) that ``module`` was made for."""
+    size = tuple(x.shape[-2:])
+    if size != module.size:
+        raise InputError(
+            f"{type(module).__name__} is made for maps of {module.size[0]} x {module.size[1]} positions and got "
+            f"{size[0]} x {size[1]}: build the model with img_size=(height, width) of its images"
+        )

@@ -3,17 +3,19 @@
 Shapes: B images, C channels, H x W positions; every feature map is (B, C, H, W).
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from metaformer.errors import InputError
-from metaformer.mixers import Pooling
+from metaformer.mixers import Pooling, Size, check_size
 
 T = TypeVar("T")
 Layer = Callable[[int], nn.Module]
@@ -25,6 +27,13 @@ class MLN(nn.GroupNorm):
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__(1, dim, eps=eps)
+
+
+class ChannelLayerNorm(LayerNorm2d):
+    """Layer normalization over the channels of each position, affine per channel (appendix D)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
 
 
 class ChannelMlp(nn.Module):
@@ -96,17 +105,35 @@ class MetaFormerBlock(nn.Module):
         return x + branch if self.residual else branch
 
 
+class PositionEmbedding(nn.Module):
+    """A learned vector per position, zero at the start, added to the maps (section 4.4): (B, C, H, W) to the same.
+
+    Raises:
+        InputError: maps of another size (H, W) than ``size``.
+    """
+
+    def __init__(self, dim: int, size: Size):
+        super().__init__()
+        self.size = tuple(size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, dim, *size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
+        return x + self.pos_embed
+
+
 class MetaFormerStage(nn.Module):
     """A downsampling convolution (none in the first stage) and the blocks that work at its resolution."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], position: nn.Module | None = None):
         super().__init__()
         self.downsample = downsample
+        self.position = nn.Identity() if position is None else position
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        x = self.position(self.downsample(x))
         if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
@@ -116,17 +143,21 @@ class MetaFormer(nn.Module):
     """The backbone of Table 1 with a classification head: stem, stages, then norm, global average, linear.
 
     The head normalises before it averages, as the paper's code does; timm's class of the same name averages first.
-    Anything from 32 pixels a side upwards goes in, multiples of 32 or not.
+    Anything from 32 pixels a side upwards goes in, multiples of 32 or not, unless a token mixer or a position embedding
+    fixes the number of tokens; then images are of ``img_size``.
 
     Args:
         depths, dims: blocks and channels of each stage.
         token_mixers: called with the number of channels C, maps (B, C, H, W) to the same shape; one for all stages or
-            one for each.
+            one for each. One that has a parameter ``size`` gets (H, W) of its stage's maps as well.
         norm_layers: called with C; one for all stages or one for each. The last also makes the norm of the head.
         act_layer, mlp_ratio, residual, layer_scale_init: see :class:`MetaFormerBlock`.
         drop_path_rate: drop path of the last block; grows linearly from 0 in the first (Table 6).
         drop_rate: dropout before the classifier.
         in_chans: channels of the input image.
+        img_size: side, or height and width, of the images in pixels; nothing depends on it but mixers that fix the
+            number of tokens and position embeddings.
+        pos_embeds: whether a learned position embedding comes before the blocks; for all stages or for each.
         num_classes: outputs of the classifier; 0 leaves it out, and the model returns (B, C) features.
         global_pool: ``"avg"``, or ``""`` to leave out the average, so that the head keeps (B, C, H, W).
 
@@ -147,6 +178,8 @@ class MetaFormer(nn.Module):
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
+        img_size: int | Size = 224,
+        pos_embeds: bool | Sequence[bool] = False,
         num_classes: int = 1000,
         global_pool: str = "avg",
     ):
@@ -155,6 +188,7 @@ class MetaFormer(nn.Module):
         dims = per_stage("dims", dims, stages)
         token_mixers = per_stage("token_mixers", token_mixers, stages)
         norm_layers = per_stage("norm_layers", norm_layers, stages)
+        pos_embeds = per_stage("pos_embeds", pos_embeds, stages)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.grad_checkpointing = False
@@ -166,12 +200,15 @@ class MetaFormer(nn.Module):
 
         self.stem = nn.Conv2d(in_chans, dims[0], kernel_size=7, stride=4, padding=2)
         self.stages = nn.Sequential()
+        size = size_after(self.stem, to_2tuple(img_size))
         for i, dim in enumerate(dims):
             downsample = nn.Identity() if i == 0 else nn.Conv2d(dims[i - 1], dim, kernel_size=3, stride=2, padding=1)
+            size = size if i == 0 else size_after(downsample, size)
+            token_mixer = for_size(token_mixers[i], size)
             blocks = [
                 MetaFormerBlock(
                     dim,
-                    token_mixer=token_mixers[i],
+                    token_mixer=token_mixer,
                     norm_layer=norm_layers[i],
                     act_layer=act_layer,
                     mlp_ratio=mlp_ratio,
@@ -181,14 +218,15 @@ class MetaFormer(nn.Module):
                 )
                 for rate in drop_path_rates[i]
             ]
-            self.stages.append(MetaFormerStage(downsample, blocks))
+            position = PositionEmbedding(dim, size) if pos_embeds[i] else None
+            self.stages.append(MetaFormerStage(downsample, blocks, position))
         self.norm = norm_layers[-1](dims[-1])
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for timm's layer-wise learning-rate decay: stem, stages (``coarse``) or blocks, head with its norm."""
-        by_block = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        by_block = [(r"^stages\.(\d+)\.(?:downsample|position)", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -285,6 +323,17 @@ def init_linear(layer: nn.Linear | nn.Conv2d) -> None:
     """The official initialisation of MLP and head; patch embeddings keep PyTorch's default."""
     trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
+
+
+def size_after(conv: nn.Conv2d, size: Size) -> Size:
+    """Height and width of what ``conv`` makes of maps of ``size``."""
+    sides = zip(size, conv.kernel_size, conv.stride, conv.padding, strict=True)
+    return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
+
+
+def for_size(token_mixer: Layer, size: Size) -> Layer:
+    """The token mixer with ``size`` filled in, if it asks for it."""
+    return partial(token_mixer, size=size) if "size" in inspect.signature(token_mixer).parameters else token_mixer
 
 
 def per_stage(name: str, value: T | Sequence[T], stages: int) -> list[T]:

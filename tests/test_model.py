@@ -12,7 +12,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import metaformer
-from metaformer import VARIANTS, InputError, MetaFormer, MetaFormerBlock
+from metaformer import POOLFORMERS, InputError, MetaFormer, MetaFormerBlock
 from oracles import HF_NAMES, OFFICIAL_NAMES, TIMM_NAMES, hf_twin, randomise, relative_error, renamed, timm_twin
 
 ROOT = Path(__file__).parents[1]
@@ -37,19 +37,19 @@ def model_of(name: str, **kwargs) -> MetaFormer:
 
 
 def test_no_variant_is_left_out():
-    assert VARIANTS.keys() == PARAMETERS.keys()
+    assert POOLFORMERS.keys() == PARAMETERS.keys()
     timms_own = {name for name in timm_metaformer.default_cfgs if re.match(r"poolformer_[sm]\d", name)}
-    assert VARIANTS.keys() == timms_own
+    assert POOLFORMERS.keys() == timms_own
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", POOLFORMERS)
 def test_parameter_count_is_the_published_one(name):
     with torch.device("meta"):
-        model = MetaFormer(VARIANTS[name].depths, VARIANTS[name].dims)
+        model = model_of(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", POOLFORMERS)
 def test_registered_with_timm_in_place_of_timms_own(name):
     model = model_of(name, num_classes=10)
     assert type(model) is MetaFormer
@@ -69,7 +69,7 @@ def test_import_needs_no_other_toolbox_and_works_from_any_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", POOLFORMERS)
 def test_equals_timms_trunk_and_transformers_logits(name, dtype, tolerance, images):
     model = randomise(model_of(name, num_classes=10)).to(dtype).eval()
     images = images.to(dtype)
@@ -87,7 +87,7 @@ def gradients(model: nn.Module, outputs: torch.Tensor) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("oracle", ["timm", "transformers"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", POOLFORMERS)
 def test_gradients_equal_those_of_timm_and_transformers(name, oracle, dtype, tolerance, images):
     model = randomise(model_of(name, num_classes=10)).to(dtype).train()
     images = images[:, :, :40, :40].to(dtype)
@@ -103,7 +103,7 @@ def test_gradients_equal_those_of_timm_and_transformers(name, oracle, dtype, tol
     assert ours.keys() == theirs.keys()
     # norm1.bias cancels in pool(x) - x, so that its gradient is rounding, here as there.
     compared = [key for key in theirs if not re.search(r"(norm1|before_norm)\.bias", key)]
-    assert len(compared) >= len(theirs) - sum(VARIANTS[name].depths)
+    assert len(compared) >= len(theirs) - sum(POOLFORMERS[name].arguments["depths"])
     assert max(relative_error(ours[key], theirs[key]) for key in compared) < 10 * tolerance
     flat = [torch.cat([grads[key].flatten() for key in compared]) for grads in (ours, theirs)]
     assert relative_error(*flat) < tolerance
@@ -151,14 +151,14 @@ class Plus(nn.Module):
         return x + self.value
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", POOLFORMERS)
 def test_drop_path_grows_linearly_as_in_timm(name):
     def rates(model):
         return [getattr(m, "drop_prob", None) for m in model.modules() if type(m).__name__ == "DropPath"]
 
     ours = rates(model_of(name, drop_path_rate=0.4))
     theirs = rates(getattr(timm_metaformer, name)(drop_path_rate=0.4))
-    assert len(ours) == sum(VARIANTS[name].depths) - 1  # the first block drops nothing
+    assert len(ours) == sum(POOLFORMERS[name].arguments["depths"]) - 1  # the first block drops nothing
     assert ours == pytest.approx(theirs[::2])  # timm has one module for each half of a block
     assert ours == pytest.approx(torch.linspace(0, 0.4, len(ours) + 1)[1:].tolist())
 
