@@ -167,7 +167,7 @@ def main() -> None:
     if not processes.is_main:
         return
     config = config.model_copy(update={"precision": precision_on(config, processes.device)})
-    record = result_record(config, path, summary, metrics)
+    record = result_record(config, path, summary, metrics, trained_here="config" in checkpoint)
     record_path = record_path or default_record_path(path, config.model)
     write_json(record_path, record)
     print(
@@ -176,11 +176,14 @@ def main() -> None:
     )
 
 
-def result_record(config: Config, checkpoint: Path, data: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+def result_record(
+    config: Config, checkpoint: Path, data: dict[str, Any], metrics: dict[str, float], trained_here: bool
+) -> dict[str, Any]:
     return {
         "kind": "classification",
         "model": config.model,
         "checkpoint": {"file": checkpoint.name, "sha256": sha256(checkpoint)},
+        "training": {"epochs": config.epochs, "seed": config.seed} if trained_here else None,
         "data": data,
         "settings": config.model_dump(
             mode="json",

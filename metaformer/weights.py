@@ -21,7 +21,9 @@ OFFICIAL_NAMES = [
 
 
 def from_official(state_dict: StateDict, model: nn.Module | None = None) -> StateDict:
-    """The official release's names to ours; names that are ours already stay. (``model``: timm's filter signature.)"""
+    """The official release's names to ours; other state dicts as they are. (``model``: timm's filter signature.)"""
+    if not any(name.startswith("network.") for name in state_dict):
+        return state_dict
     renamed = {}
     for name, tensor in state_dict.items():
         for pattern, replacement in OFFICIAL_NAMES:

@@ -395,6 +395,15 @@ def test_load_weights_is_all_or_nothing(official_release, tmp_path, images):
     assert torch.equal(loaded.stem.weight, model.stem.weight)
 
 
+def test_other_architectures_keep_their_names(tmp_path):
+    """DeiT has a patch_embed.proj as well, which is no stem."""
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "deit.pt")
+    loaded = timm.create_model("deit_tiny_patch16_224", num_classes=3)
+    metaformer.load_weights(loaded, tmp_path / "deit.pt")
+    assert torch.equal(loaded.patch_embed.proj.weight, model.patch_embed.proj.weight)
+
+
 class Executes:
     def __reduce__(self):
         return print, ("executed",)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -79,39 +80,76 @@ class SameClasses(Hook):
 
 @HOOKS.register_module()
 class ResultRecord(Hook):
-    """Writes the figures of a test with their provenance to ``result.json`` in the log folder of the run."""
+    """Writes what a run measured, with its provenance, to its log folder.
+
+    ``result.json`` holds the figures of a test, ``training.json`` the speed of a training run.
+    """
 
     priority = "VERY_LOW"  # after they are printed, so that a full disk does not take them along
+
+    def before_run(self, runner: Runner) -> None:
+        self.provenance = provenance()
+
+    def after_train(self, runner: Runner) -> None:
+        if not is_main_process():
+            return
+        loop, loader = runner.train_loop, runner.train_dataloader
+        times, _ = runner.message_hub.get_scalar("train/time").data
+        images = loader.batch_size * runner.world_size
+        record = {
+            "kind": "training",
+            "status": "finished",
+            "model": Path(runner.cfg.filename).stem,
+            "data": data_of(loader.dataset, runner.cfg.train_dataloader.dataset),
+            "devices": runner.world_size,
+            "images_per_s": images / float(np.median(times)),
+            "seed": runner.seed,
+            "settings": {
+                "batch": images,
+                "epochs": loop.max_epochs,
+                "iterations": loop.max_iters,
+                "pipeline": [dict(step) for step in runner.cfg.train_dataloader.dataset.pipeline],
+            },
+            "starts": [self.provenance],
+        }
+        self._write(runner, "training.json", record)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if not is_main_process():
             return
-        config, dataset = runner.cfg, runner.test_dataloader.dataset
+        config = runner.cfg
         checkpoint = Path(runner._load_from).expanduser() if runner._load_from else None
-        path = Path(runner.log_dir) / "result.json"
         record = {
             "kind": {"mmdet": "detection", "mmseg": "segmentation"}[config.default_scope],
             "model": Path(config.filename).stem,
             "checkpoint": None
             if checkpoint is None
             else {"file": checkpoint.name, "sha256": sha256(checkpoint) if checkpoint.is_file() else None},
-            "data": {
-                "name": type(dataset).__name__,
-                "data_dir": str(dataset.data_root),
-                "annotations": str(config.test_dataloader.dataset.get("ann_file", "")),
-                "images": len(dataset),
-                "classes": len(dataset.metainfo["classes"]),
-            },
+            "data": data_of(runner.test_dataloader.dataset, config.test_dataloader.dataset),
             "settings": {
                 "pipeline": [dict(step) for step in config.test_dataloader.dataset.pipeline],
                 "seed": runner.seed,
                 "gpus": runner.world_size if torch.cuda.is_available() else 0,
             },
             "metrics": {name: float(value) for name, value in metrics.items()},
-            **provenance(),
+            **self.provenance,
         }
+        self._write(runner, "result.json", record)
+
+    def _write(self, runner: Runner, name: str, record: dict[str, Any]) -> None:
+        path = Path(runner.log_dir) / name
         write_json(path, record)
         print_log(f"result record: {path}", logger="current")
+
+
+def data_of(dataset: Any, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": type(dataset).__name__,
+        "data_dir": str(dataset.data_root),
+        "annotations": str(config.get("ann_file", "")),
+        "images": len(dataset),
+        "classes": len(dataset.metainfo["classes"]),
+    }
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -1,0 +1,206 @@
+"""Result records: what validate.py, train.py and the toolboxes' runs measured, checked and collected.
+
+python analysis/records.py RECORD_OR_RUN_OR_WORK_DIR...
+
+copies the records of these files and folders to analysis/results/, where the tables find them: record files, run
+folders of classification/ (run.json, validation.json) and work dirs of mmdet and mmseg (result.json, training.json in
+the folders of their logs). Absolute paths are cut to their last part.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from metaformer.errors import InputError, run_command
+from metaformer.provenance import write_json
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = ("run.json", "validation.json", "result.json", "training.json")
+"""What runs call their records."""
+
+Positive = Annotated[int, Field(ge=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Hardware(Part):
+    cpu: str
+    cores: Positive
+    gpus: list[str]
+
+
+class Provenance(Part):
+    command: str
+    commit: str | None
+    versions: dict[str, str | None]
+    hardware: Hardware
+    date: str
+
+
+class Data(Part):
+    classes: Positive
+
+
+class EvaluatedData(Data):
+    images: Positive
+
+
+class Weights(Part):
+    file: str
+    sha256: str | None
+
+
+class TrainedFor(Part):
+    epochs: Positive
+    seed: int
+
+
+class ClassificationSettings(Part):
+    img_size: Positive
+
+
+class ClassificationMetrics(Part):
+    top1: Percent
+    top5: Percent
+    images: Positive
+
+
+class Classification(Provenance):
+    kind: Literal["classification"]
+    model: str
+    checkpoint: Weights
+    training: TrainedFor | None
+    data: Data
+    settings: ClassificationSettings
+    metrics: ClassificationMetrics
+
+    @property
+    def images(self) -> int:
+        return self.metrics.images
+
+
+class OfToolbox(Provenance):
+    model: str
+    checkpoint: Weights | None
+    data: EvaluatedData
+    metrics: dict[str, float]
+
+    @property
+    def images(self) -> int:
+        return self.data.images
+
+
+class Detection(OfToolbox):
+    kind: Literal["detection"]
+
+
+class Segmentation(OfToolbox):
+    kind: Literal["segmentation"]
+
+
+class Training(Part):
+    kind: Literal["training"]
+    model: str
+    data: Data
+    devices: Positive
+    images_per_s: Annotated[float, Field(gt=0)]
+    seed: int | None
+    starts: Annotated[list[Provenance], Field(min_length=1)]
+    settings: Part
+
+    @property
+    def date(self) -> str:
+        return self.starts[-1].date
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.starts[-1].hardware
+
+
+Record = Classification | Detection | Segmentation | Training
+SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file.
+
+    Raises:
+        InputError: no such file, not JSON, or a field that is missing or wrong; names the file and the field.
+    """
+    return parse(load(path), path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the record {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a result record: it is not JSON ({error})") from error
+    return record
+
+
+def parse(record: Any, path: Path) -> Record:
+    try:
+        return SCHEMA.validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The first part of a place is the kind, which the union adds.
+        place = ".".join(str(part) for part in first["loc"][1:]) or "kind"
+        raise InputError(f"{path} is not a result record: {place}: {first['msg']}") from error
+
+
+def sources(path: Path) -> list[Path]:
+    """The record files that a file or folder means."""
+    if path.is_file():
+        return [path]
+    found = [file for name in NAMES for file in sorted(path.glob(name)) + sorted(path.glob(f"*/{name}"))]
+    if not found:
+        raise InputError(f"there are no records in {path}: give a record file, a run folder or a work dir with a test")
+    return found
+
+
+def without_machine_paths(value: Any) -> Any:
+    """Every absolute path in a record cut to its last part: the rest says where, not what."""
+    if isinstance(value, dict):
+        return {key: without_machine_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine_paths(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.:/-])~?/[^\s'\",:;=]*[^\s'\",:;=/]/?", lambda m: Path(m[0]).name, value)
+    return value
+
+
+def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
+    """Check the records that ``paths`` mean and copy them to ``results``; all of them, or none."""
+    checked = {}
+    for path in (file for given in paths for file in sources(given)):
+        record = load(path)
+        parsed = parse(record, path)
+        if isinstance(parsed, Training) and record.get("status", "finished") == "failed":
+            raise InputError(f"{path} is the record of a run that failed: {record.get('error')}")
+        day = re.sub(r"[^0-9T]", "", parsed.date[:19])
+        checked[results / f"{parsed.kind}-{parsed.model}-{day}.json"] = without_machine_paths(record)
+    results.mkdir(exist_ok=True)
+    for target, record in checked.items():
+        write_json(target, record)
+    return list(checked)
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return
+    for target in import_records([Path(argument) for argument in sys.argv[1:]]):
+        print(target)
+
+
+if __name__ == "__main__":
+    run_command(main)
