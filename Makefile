@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := .venv/.installed
 OPS := mmcv-torchvision-ops
 
-.PHONY: install demo test lint
+.PHONY: install demo test tables lint
 
 install: $(READY)
 
@@ -26,6 +26,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The paper's tables; ARGS=--check only looks whether they are up to date.
+tables: $(READY)
+	$(BIN)/python analysis/make_tables.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,9 +27,8 @@ from count import ROOT, cached_count
 from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import write_file
 from metaformer.variants import VARIANTS
-from records import RESULTS, Record, Training, read_record
+from records import Record, Training, read_record
 
-TABLES = ROOT / "analysis/tables"
 FORMATS = ("md", "csv", "tex")
 TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\varepsilon$"}  # noqa: RUF001
 UNITS = {"params": 10**6, "frozen": 10**6, "macs": 10**9}
@@ -111,19 +110,23 @@ def compare(row: Row, column: str) -> tuple[str, str, Verdict]:
     explanation = row.get("explained", {}).get(column)
     if rounded(value, digits) == Decimal(str(printed)):
         verdict = Verdict("equal")
-    elif explanation and holds(explanation.get("as"), row["build"], column, value, printed):
-        sources = ", ".join(explanation.get("source", []))
-        verdict = Verdict("explained", explanation["text"] + (f" ({sources})" if sources else ""))
+    elif explanation and holds(explanation["as"], row["build"], column, value, printed):
+        verdict = explained(explanation)
     else:
         verdict = Verdict("unexplained")
     return str(shown), f"{rounded(difference, digits + 2):+}", verdict
 
 
-def holds(reason: str | None, build: str, column: str, value: Decimal, printed: float) -> bool:
+def explained(explanation: Row) -> Verdict:
+    sources = f" ({', '.join(explanation['source'])})" if "source" in explanation else ""
+    return Verdict("explained", explanation["text"] + sources)
+
+
+def holds(reason: str, build: str, column: str, value: Decimal, printed: float) -> bool:
     """Whether the arithmetic of an explanation (``as`` in paper.yaml) gives the printed figure."""
     target, digits = Decimal(str(printed)), digits_of(printed)
-    if reason is None:
-        return True
+    if reason.startswith("counted "):
+        return rounded(value, digits) == Decimal(reason.removeprefix("counted "))
     if reason == "truncated":
         return int(value * 10**digits) == int(target * 10**digits)
     if reason.startswith("without "):
@@ -158,7 +161,7 @@ def computed(row: Row, *columns: str) -> Row:
 class Measured:
     """The records of analysis/results/ by the row they belong to; what belongs to none is in ``problems``."""
 
-    def __init__(self, folder: Path = RESULTS):
+    def __init__(self, folder: Path):
         self.by_row: dict[tuple[str, str], list[Record]] = defaultdict(list)
         self.speeds: dict[str, list[Training]] = defaultdict(list)
         self.problems: list[str] = []
@@ -169,15 +172,19 @@ class Measured:
                 self.problems.append(str(error))
 
     def _place(self, path: Path, record: Record) -> None:
-        names = {key_of(row["build"]): (table, row) for table, row in built_rows()}
+        # The first table that has the model: all of Table 5's baseline's figures are Table 2's.
+        names = {key_of(row["build"]): (table, row) for table, row in reversed(list(built_rows()))}
         if record.model not in names:
             raise InputError(f"{path}: model {record.model!r} is in no table{nearest(record.model, names)}")
         table, row = names[record.model]
         expected = paper()[table]["data"]
+        if expected["kind"] == "classification" and record.kind in ("classification", "training"):
+            size, own = getattr(record.settings, "img_size", None), row.get("image", 224)
+            if size != own:
+                raise InputError(f"{path}: settings.img_size is {size}, but {table} has {own}")
+            if changed := getattr(record.settings, "model_args", {}):
+                raise InputError(f"{path}: settings.model_args is {changed}, but {table} has {record.model} as it is")
         if isinstance(record, Training):
-            size = getattr(record.settings, "img_size", None)
-            if size != row.get("image", 224) and expected["kind"] == "classification":
-                raise InputError(f"{path}: settings.img_size is {size}, but {table} has {row.get('image', 224)}")
             self.speeds[record.model].append(record)
             return
         if record.data.classes != expected["classes"]:
@@ -186,12 +193,8 @@ class Measured:
             raise InputError(f"{path}: a record of {record.kind}, but {table} is about {expected['kind']}")
         if record.images != expected["images"]:
             raise InputError(f"{path}: {record.images} images, but {table} is measured on {expected['images']}")
-        if record.kind == "classification" and record.settings.img_size != row.get("image", 224):
-            raise InputError(
-                f"{path}: settings.img_size is {record.settings.img_size}, but {table} has {row.get('image', 224)}"
-            )
         epochs = record.training.epochs if record.kind == "classification" and record.training else 300
-        known = {row["epochs"] for row in paper()["table7"]["rows"]}
+        known = [row["epochs"] for row in paper()["table7"]["rows"]]
         if epochs not in known:
             raise InputError(f"{path}: training.epochs is {epochs}, but the paper has {', '.join(map(str, known))}")
         self.by_row[record.model, str(epochs)].append(record)
@@ -218,7 +221,7 @@ def key_of(build: str) -> str:
 
 
 def built_rows() -> Iterator[tuple[str, Row]]:
-    for table in ("table5", "table4", "table3", "table2"):
+    for table in ("table2", "table3", "table4", "table5"):
         yield from ((table, row) for row in paper()[table]["rows"] if "build" in row)
 
 
@@ -351,10 +354,10 @@ def table6(measured: Measured) -> Table:
             per_variant = isinstance(printed, list) and "one" not in row
             here = values if per_variant else values[0]
             same = here == printed and (per_variant or all(value == values[0] for value in values))
-        explanation = row.get("explained")
-        verdict = Verdict("equal", row.get("note", "")) if same else Verdict("unexplained")
-        if not same and explanation:
-            verdict = Verdict("explained", f"{explanation['text']} ({', '.join(explanation['source'])})")
+        if same:
+            verdict = Verdict("equal", row.get("note", ""))
+        else:
+            verdict = explained(row["explained"]) if "explained" in row else Verdict("unexplained")
         cells = {"hyper-parameter": row["name"], "setting": setting or NOTHING, "paper": in_words(printed)}
         rows.append({**cells, "configs": in_words(here), "verdict": verdict})
     note = "configs: configs/classification/poolformer_*.yaml; lists are for S12, S24, S36, M36 and M48."
@@ -428,22 +431,15 @@ def figure(place: tuple[str, str | int, str], counted: bool) -> Decimal:
 def cost(measured: Measured) -> Table:
     rows = []
     for table, row in built_rows():
-        data, name = (
-            paper()[table]["data"],
-            row.get("variant") or row.get("model") or f"{row['head']} {row['backbone']}",
-        )
-        if table == "table2" and (row["mixer"] != "pooling" or row["build"] == "poolformer_s12"):
-            continue  # S12 is Table 5's baseline
+        data = paper()[table]["data"]
+        name = row.get("variant") or row.get("model") or f"{row['head']} {row['backbone']}"
+        if row.get("mixer", "pooling") != "pooling":
+            continue  # a baseline that this repository does not train
         images = data["iterations"] * data["batch"] if table == "table4" else data["train_images"] * data["epochs"]
         speeds = measured.speeds[key_of(row["build"])]
         base = {"table": table, "row": name, "images in a full run": f"{images:,}"}
         for record in sorted(speeds, key=lambda record: record.date) or [None]:
-            cells = {
-                "images/s per device": "not measured",
-                "device": NOTHING,
-                "device-hours": NOTHING,
-                "measured": NOTHING,
-            }
+            cells = {SPEED: NOT_MEASURED, **dict.fromkeys(("device", "device-hours", "measured"), NOTHING)}
             if record:
                 speed = record.images_per_s / record.devices
                 hardware = record.hardware
@@ -607,7 +603,8 @@ def builds_of(names: list[str]) -> list[str]:
 
 def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) -> dict[Path, str]:
     """Every file that the tables make, and what is to be in it."""
-    files = {TABLES / f"{name}.{kind}": render(table, kind) for name, table in tables.items() for kind in formats}
+    folder = ROOT / "analysis/tables"
+    files = {folder / f"{name}.{kind}": render(table, kind) for name, table in tables.items() for kind in formats}
     for (readme, section), content in readme_sections(tables, measured).items():
         path = ROOT / readme
         text = files.get(path) or path.read_text(encoding="utf-8")
@@ -632,13 +629,13 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.tables or list(MAKERS)
     for build in tqdm(builds_of(names), desc="counting", unit="model", disable=None):
         cached_count(build)
-    measured = Measured()
+    measured = Measured(ROOT / "analysis/results")
     tables = {name: MAKERS[name](measured) for name in names}
     files = outputs(tables, formats, measured)
     changed = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if not options.check:
-        TABLES.mkdir(exist_ok=True)
         for path in changed:
+            path.parent.mkdir(exist_ok=True)
             write_file(path, lambda file, text=files[path]: file.write(text.encode()))
     for table in tables.values():
         print(table.summary())

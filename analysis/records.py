@@ -64,6 +64,7 @@ class TrainedFor(Part):
 
 class ClassificationSettings(Part):
     img_size: Positive
+    model_args: dict[str, Any] = {}
 
 
 class ClassificationMetrics(Part):

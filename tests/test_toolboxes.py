@@ -26,6 +26,7 @@ from torch import nn
 
 import metaformer.mm.detection
 import metaformer.mm.segmentation
+import records
 from conftest import ROOT
 from drawn import detection_config, draw_coco, draw_scenes, segmentation_config
 from metaformer import InputError
@@ -374,10 +375,10 @@ def test_readme_lists_every_config(task):
     text = (ROOT / task / "README.md").read_text()
     for row, path in CONFIGS.items():
         if path.parent.name == task:
-            line = re.search(rf"^\| `{path.name}` \| (\d\S*) M \|.*$", text, re.M)
+            line = re.search(rf"^\| `{path.name}` +\| (\d\S*) M +\|.*$", text, re.M)
             assert line, path.name
             assert float(line[1]) == COUNTED.get(row, {**TABLE_3, **TABLE_4}[row])
-            accuracies = re.findall(r"\| (\d+\.\d) (?=\|)", line[0])
+            accuracies = re.findall(r"\| (\d+\.\d) +(?=\|)", line[0])
             assert accuracies == re.findall(r"(?:AP|mIoU) (\d+\.\d)", path.read_text().partition("_base_")[0])
 
 
@@ -424,6 +425,14 @@ def test_mim_trains_a_detector_tests_and_resumes_it(trained_detector):
     assert record["command"].startswith("mim test mmdet tiny.py")
     assert record["data"]["images"] == 4
     assert len(record["checkpoint"]["sha256"]) == 64
+
+    targets = records.import_records([folder / "work_dirs/tiny"], folder / "results")
+    detection, training = (json.loads(path.read_text()) for path in sorted(targets))
+    assert (detection["kind"], training["kind"]) == ("detection", "training")
+    assert detection["metrics"] == record["metrics"]
+    assert training["images_per_s"] > 0
+    assert (training["devices"], training["settings"]["epochs"], training["data"]["classes"]) == (1, 2, 2)
+    assert str(folder) not in "".join(path.read_text() for path in targets)
 
     resumed = mim("train", "mmdet", "tiny.py", "--gpus", 0, "--resume", "--cfg-options", "train_cfg.max_epochs=3",
                   folder=folder)  # fmt: skip

@@ -1,0 +1,610 @@
+"""Counts, tables, records and figures: against torch's own counter, published figures, and wrong input."""
+
+import json
+import re
+import shutil
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import count
+import gradcam
+import make_figures
+import make_tables
+import records
+import validate
+from conftest import ROOT
+from metaformer import ABLATIONS, POOLFORMERS, InputError
+from metaformer.errors import run_command
+
+PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
+TABLES = [name for name in PAPER if name.startswith("table")]
+
+
+# Counting
+
+MATRIX_OPERATORS = ("conv", "linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention")
+
+
+def macs_by_torch(model: nn.Module, *inputs) -> int:
+    """Multiply-accumulates of convolutions, products and attention by PyTorch's own counter."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def macs_of_matrices(counted: dict) -> int:
+    return sum(macs for operator, macs in counted["macs"].items() if operator in MATRIX_OPERATORS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "poolformer_s12",
+        *ABLATIONS,
+        *("resnet18", "deit_tiny_patch16_224", "mixer_s32_224", "gmlp_ti16_224", "resmlp_12_224", "pvt_tiny"),
+        *("eca_resnet33ts", "mixnet_s", "swin_tiny_patch4_window7_224"),  # 1-d, padded and grouped convolutions
+    ],
+)
+def test_macs_equal_those_of_torchs_counter(name):
+    counted = count.count(name)
+    model = timm.create_model(name)
+    assert macs_of_matrices(counted) == macs_by_torch(model, torch.zeros(1, 3, *counted["size"]))
+    learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted["learnable"] == learnable
+    assert counted["learnable"] + counted["frozen"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "detection/retinanet_poolformer-s12_fpn_8xb2-1x_coco.py",
+        "detection/mask-rcnn_r18_fpn_8xb2-1x_coco.py",
+        "segmentation/fpn_pvt-tiny_8xb4-40k_ade20k-512x512.py",
+    ],
+)
+def test_macs_of_configs_equal_those_of_torchs_counter(config, monkeypatch):
+    monkeypatch.setattr(count, "PROPOSALS", 7)
+    monkeypatch.setattr(count, "MASKS", 3)
+    path = str(ROOT / "configs" / config)
+    counted = count.count(path, (128, 96))
+    model, size = count.build_config(path, (128, 96))
+    assert size == (128, 96)
+    expected = macs_by_torch(model, torch.zeros(1, 3, 128, 96))
+    if "pvt" in config:  # torch's MultiheadAttention has a fast path that torch's counter does not see into
+        torch.backends.mha.set_fastpath_enabled(False)
+        expected = macs_by_torch(model, torch.zeros(1, 3, 128, 96))
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert macs_of_matrices(counted) == expected
+    built = Config.fromfile(path)
+    init_default_scope(built.default_scope)
+    parameters = list(MODELS.build(built.model).parameters())
+    assert counted["learnable"] + counted["frozen"] == sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs"),  # infer_gmacs of timm's results/benchmark-infer-amp-*.csv
+    [("poolformer_s12", 1.82), ("poolformer_s24", 3.41), ("poolformer_s36", 5.00)],
+)
+def test_macs_with_norms_are_timms_published_ones(name, gmacs):
+    counted = count.count(name)
+    assert round(sum(counted["macs"].values()) / 1e9, 2) == gmacs
+    assert sum(part["macs"] for part in counted["parts"].values()) == sum(counted["macs"].values())
+    assert sum(part["parameters"] for part in counted["parts"].values()) == counted["learnable"]
+    assert list(counted["parts"]) == ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "norm", "head"]
+    blocks = sum(POOLFORMERS[name].arguments["depths"])
+    assert counted["uncounted"]["avg_pool2d"] == counted["uncounted"]["gelu"] == blocks
+    # 5 for each element of two norms a block and of the head's; LayerScale is two vectors a block
+    assert counted["layer_scale"] == 2 * sum(
+        depth * dim for depth, dim in zip(*(POOLFORMERS[name].arguments[k] for k in ("depths", "dims")), strict=True)
+    )
+
+
+def test_counting_without_arithmetic_changes_nothing(monkeypatch):
+    names = ("poolformer_s12", "metaformer_s12_ppaa", "eca_resnet33ts", "mixnet_s")
+    quick = {name: count.count(name) for name in names}
+    monkeypatch.setattr(count, "shapes_only", torch.no_grad)
+    assert {name: count.count(name) for name in names} == quick
+
+
+def test_same_padding_and_transposed_convolutions_are_counted():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, (3, 4), padding="same", dilation=2),
+        nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.Conv2d(6, 2, 2, padding="valid"),
+    )
+    images = torch.zeros(1, 3, 15, 17)
+    analysis = count.FlopCountAnalysis(model.eval(), images)
+    with count.shapes_only():
+        assert analysis.total() == macs_by_torch(model, images)
+        shapes = model(images).shape
+    assert shapes == model(images).shape
+
+
+def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(count, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(count, "count", lambda model: calls.append(model) or {"learnable": len(calls)})
+    assert [count.cached_count("a")["learnable"] for _ in range(3)] == [1, 1, 1]
+    assert count.cached_count("b")["learnable"] == 2
+    shutil.copytree(ROOT / "metaformer", tmp_path / "metaformer")
+    shutil.copytree(ROOT / "analysis", tmp_path / "analysis", ignore=shutil.ignore_patterns(".cache"))
+    monkeypatch.setattr(count, "ROOT", tmp_path)
+    assert count.cached_count("a")["learnable"] == 1
+    with (tmp_path / "metaformer/mixers.py").open("a") as file:
+        file.write("# changed\n")
+    assert count.cached_count("a")["learnable"] == 3
+    monkeypatch.setattr(count, "version", lambda library: "0.0")
+    assert count.cached_count("a")["learnable"] == 4
+
+
+def command(monkeypatch, capsys, main, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main)
+    printed = capsys.readouterr()
+    return exit_.value.code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["poolformer_s112"], "there is no model 'poolformer_s112' (did you mean 'poolformer_s12'?)"),
+        (["configs/detection/none.py"], "there is no config configs/detection/none.py"),
+        ([ROOT / "configs/detection/_base_/coco_1x.py"], "is not the config of a model"),
+        (["poolformer_s12", "--size", "1"], "does not take images of 1 x 1 pixels"),
+        (["poolformer_s12", "--size", "1", "2", "3"], "give one side or height and width"),
+    ],
+)
+def test_wrong_input_to_count(arguments, says, monkeypatch, capsys):
+    status, _, error = command(monkeypatch, capsys, count.main, *arguments)
+    assert status == 2
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_count_prints_and_gives_json(monkeypatch, capsys):
+    status, out, _ = command(monkeypatch, capsys, count.main, "metaformer_s12_random", "--size", "64", "32")
+    assert status == 0
+    assert "at 64 x 32" in out
+    assert "frozen" in out
+    status, out, _ = command(monkeypatch, capsys, count.main, "metaformer_s12_random", "--size", "64", "--json")
+    assert json.loads(out)["frozen"] == 2 * 256**2 + 2 * 64**2 + 6 * 16**2 + 2 * 4**2
+
+
+# The paper as data
+
+
+def test_paper_yaml_names_its_sources_and_recalls_nothing():
+    text = (ROOT / "analysis/paper.yaml").read_text()
+    assert "recalled" not in text
+    for name in [*TABLES, "claims"]:
+        table = PAPER[name]
+        assert table["confidence"] == "quoted"
+        for row in [table, *table["rows"]]:
+            explained = row.get("explained", {})
+            explanations = [explained] if "text" in explained else list(explained.values())
+            for source in sum((e.get("source", []) for e in [row, *explanations]), row.get("xcheck", [])):
+                assert source.partition(" ")[0] in PAPER["sources"], (name, row)
+            for explanation in explanations:
+                checked = not explanation.get("as", "counted").startswith("counted")
+                assert explanation.get("source") or checked, row
+
+
+def test_every_model_and_config_is_a_row():
+    builds = {name: {row["build"] for row in PAPER[name]["rows"] if "build" in row} for name in TABLES}
+    assert builds["table1"] == POOLFORMERS.keys()
+    assert builds["table2"] >= POOLFORMERS.keys()
+    assert builds["table5"] == ABLATIONS.keys() | {"poolformer_s12"}
+    configs = {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/*/*_*x*.py")}
+    assert builds["table3"] | builds["table4"] == configs
+    assert [len(PAPER[name]["rows"]) for name in TABLES] == [5, 27, 12, 14, 18, 25, 8]
+    assert all("build" in row or row["not_built"] for row in PAPER["table2"]["rows"])
+
+
+def test_the_recipes_expect_what_the_paper_prints():
+    for table, folder in (("table2", "classification"), ("table5", "ablations")):
+        for row in PAPER[table]["rows"]:
+            config = ROOT / f"configs/{folder}/{row.get('build')}.yaml"
+            if config.is_file():
+                assert yaml.safe_load(config.read_text())["expected_top1"] == row["top1"]
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("printed", "explained", "kind"),
+    [
+        (12.3, None, "equal"),
+        (12, None, "equal"),
+        (12.35, None, "equal"),
+        (12.2, None, "unexplained"),
+        (12.2, {"text": "because", "as": "counted 12.3"}, "explained"),
+        (12.2, {"text": "because", "as": "counted 12.4"}, "unexplained"),
+        (12.2, {"text": "because", "as": "truncated"}, "unexplained"),
+        (12.34, {"text": "because", "as": "truncated"}, "explained"),
+        (12.1, {"text": "because", "as": "without layer_scale"}, "explained"),
+        (12.0, {"text": "because", "as": "without layer_scale"}, "unexplained"),
+        (12.4, {"text": "because", "as": "rounded from 12.35"}, "explained"),
+        (12.4, {"text": "because", "as": "rounded from 12.36"}, "unexplained"),
+    ],
+)
+def test_verdicts(printed, explained, kind, monkeypatch):
+    counts = {"learnable": 12_346_000, "frozen": 0, "layer_scale": 250_000, "macs": {"conv": 10**9}}
+    monkeypatch.setattr(make_tables, "cached_count", lambda build: counts)
+    row = {"build": "x", "params": printed, "explained": {"params": explained} if explained else {}}
+    counted, difference, verdict = make_tables.compare(row, "params")
+    assert verdict.kind == kind
+    digits = make_tables.digits_of(printed) + 2
+    assert Decimal(counted) == round(Decimal("12.346"), digits)
+    assert difference.startswith(("+", "-"))
+
+
+def test_half_is_rounded_up_on_exact_numbers(monkeypatch):
+    counts = {"learnable": 12_250_000, "frozen": 0, "macs": {"conv": 2_450_000_000}}
+    monkeypatch.setattr(make_tables, "cached_count", lambda build: counts)
+    assert make_tables.compare({"build": "x", "params": 12.3}, "params")[2].kind == "equal"
+    assert make_tables.compare({"build": "x", "macs": 2.5}, "macs")[2].kind == "equal"
+
+
+# The command, in a copy of what it reads and writes
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    for file in ["analysis/paper.yaml", "README.md", *(f"{task}/README.md" for task in
+                 ("analysis", "classification", "detection", "segmentation"))]:  # fmt: skip
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    shutil.copytree(ROOT / "configs/classification", tmp_path / "configs/classification")
+    (tmp_path / "analysis/results").mkdir()
+    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    make_tables.paper.cache_clear()
+    yield tmp_path
+    make_tables.paper.cache_clear()
+
+
+def evaluation(model="poolformer_s12", top1=77.0, file="best.pt", epochs=300, **changes) -> dict:
+    """A record as validate.py writes it, of ImageNet-1K unless changed."""
+    return {
+        "kind": "classification",
+        "model": model,
+        "checkpoint": {"file": file, "sha256": "0" * 64},
+        "training": {"epochs": epochs, "seed": 0},
+        "data": {"dataset": "folder", "data_dir": "imagenet", "classes": 1000, "val_images": 50000},
+        "settings": {"img_size": 224, "crop_pct": 0.9, "precision": "float32"},
+        "metrics": {"top1": top1, "top5": 93.0, "loss": 1.0, "images": 50000, "images_per_s": 100.0},
+        "command": "python classification/validate.py run",
+        "commit": "0" * 40,
+        "versions": {"torch": "2.14.0", "cuda": None},
+        "hardware": {"cpu": "a", "cores": 2, "gpus": []},
+        "date": "2026-01-01T00:00:00+00:00",
+        **changes,
+    }
+
+
+def put(root: Path, name: str, record: dict | str) -> Path:
+    path = root / "analysis/results" / f"{name}.json"
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    return path
+
+
+def table(root: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(root / f"analysis/tables/{name}.csv", dtype=str)
+
+
+def test_writes_all_tables_and_then_nothing_changes(root, capsys):
+    assert make_tables.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [*TABLES, "claims", "cost"]
+    assert len(list((root / "analysis/tables").iterdir())) == 3 * len(lines)
+    for line in lines:
+        assert line in (root / "analysis/README.md").read_text()
+    assert make_tables.main(["--check"]) == 0
+
+    # Published: what the counts must reproduce, and the one figure that nobody could explain.
+    unexplained = [
+        (name, row[0], column)
+        for name in TABLES
+        for row in table(root, name).itertuples(index=False)
+        for column, cell in zip(table(root, name).columns, row, strict=True)
+        if str(cell).startswith("unexplained")
+    ]
+    assert unexplained == [("table2", "ViT-L/16", "MACs, G (verdict)")]
+    ablation = table(root, "table5").set_index("model")
+    assert (ablation["parameters, M (verdict)"] == "equal").all()
+    assert ablation["MACs, G (verdict)"].str.startswith("equal").sum() == 17
+    assert ablation["top-1, % (here)"].eq("not run").all()
+    claims = table(root, "claims").set_index("claim")
+    false = claims.index[claims["printed figures agree"] == "false"]
+    assert set(false) == {"pool size 9 loses 0.5 points", "2000 epochs gain 1.8 points"}
+    assert claims.loc["M36 has 50 % fewer MACs than DeiT-B", "printed figures"] == "1 - 8.8 / 17.5 = 49.7 %"
+
+    path = root / "analysis/paper.yaml"
+    path.write_text(path.read_text().replace("top1: 82.5", "top1: 82.6"))
+    make_tables.paper.cache_clear()
+    assert make_tables.main(["table2", "--check"]) == 1
+    assert "out of date: analysis/tables/table2.md" in capsys.readouterr().err
+
+
+def test_a_record_fills_the_cells_of_its_row(root):
+    put(root, "a", evaluation(top1=77.0))
+    put(root, "b", evaluation(top1=77.4))
+    put(root, "c", evaluation(top1=77.24, file="poolformer_s12.pth.tar", training=None))
+    put(root, "d", evaluation(top1=78.83, epochs=2000))
+    assert make_tables.main(["table2", "table5", "table7", "--format", "csv"]) == 0
+    both = "77.2 ± 0.3 of 2 runs (best.pt); 77.2 (poolformer_s12.pth.tar)"
+    assert table(root, "table2").set_index("model").loc["PoolFormer-S12", "top-1, % (here)"] == both
+    assert table(root, "table5").set_index("model").loc["poolformer_s12", "top-1, % (here)"] == both
+    longer = table(root, "table7").set_index("epochs")["top-1, % (here)"]
+    assert (longer["300"], longer["2000"], longer["400"]) == (both, "78.8 (best.pt)", "not run")
+    assert not (root / "analysis/tables/table2.md").exists()
+    assert f"| {both} " in (root / "README.md").read_text()
+
+
+def test_records_of_detection_segmentation_and_training(root):
+    common = {key: evaluation()[key] for key in ("checkpoint", "command", "commit", "versions", "hardware", "date")}
+    detection = {"bbox_mAP": 0.371, "bbox_mAP_50": 0.59, "segm_mAP": 0.344}
+    put(root, "det", {
+        "kind": "detection", "model": "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", **common,
+        "data": {"images": 5000, "classes": 80}, "metrics": {f"coco/{k}": v for k, v in detection.items()},
+    })  # fmt: skip
+    put(root, "seg", {
+        "kind": "segmentation", "model": "fpn_poolformer-s12_8xb4-40k_ade20k-512x512", **common,
+        "data": {"images": 2000, "classes": 150}, "metrics": {"mIoU": 37.01, "aAcc": 70.0},
+    })  # fmt: skip
+    put(root, "speed", {
+        "kind": "training", "model": "poolformer_s24", "data": {"classes": 1000}, "devices": 8, "seed": 0,
+        "images_per_s": 8000.0, "settings": {"img_size": 224}, "starts": [common],
+    })  # fmt: skip
+    assert make_tables.main(["table3", "table4", "cost", "--format", "csv"]) == 0
+    row = table(root, "table3").set_index(["head", "backbone"]).loc["Mask R-CNN", "PoolFormer-S12"]
+    assert (row["AP, % (here)"], row["mask AP, % (here)"]) == ("37.1 (best.pt)", "34.4 (best.pt)")
+    assert row["AP75, % (here)"] == "not run"
+    row = table(root, "table4").set_index("backbone").loc["PoolFormer-S12"]
+    assert row["mIoU, % (here)"] == "37.0 (best.pt)"
+    row = table(root, "cost").set_index(["table", "row"]).loc["table2", "PoolFormer-S24"]
+    assert row["images/s per device"] == "1000.0"
+    assert row["device-hours"] == f"{300 * 1281167 / 1000 / 3600:,.0f}"
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not a result record: kind"),
+        ({"kind": "poem"}, "is not a result record: kind"),
+        (evaluation(metrics={"top1": 77.0, "images": 50000}), "metrics.top5: Field required"),
+        (evaluation(metrics={"top1": 770, "top5": 99, "images": 50000}), "metrics.top1: Input should be less than"),
+        (evaluation(data={"classes": "many"}), "data.classes: Input should be a valid integer"),
+        (evaluation(model="poolformer_s21"), "model 'poolformer_s21' is in no table (did you mean 'poolformer_s"),
+        (evaluation(data={"classes": 10}), "data of 10 classes, but table2 has 1000"),
+        (evaluation(metrics={"top1": 7, "top5": 9, "images": 40}), "40 images, but table2 is measured on 50000"),
+        (evaluation(settings={"img_size": 128}), "settings.img_size is 128, but table2 has 224"),
+        (evaluation(settings={"img_size": 224, "model_args": {"dims": [8]}}), "settings.model_args is {'dims': [8]}"),
+        (evaluation(epochs=7), "training.epochs is 7"),
+        (
+            evaluation(model="fpn_r50_8xb4-40k_ade20k-512x512", data={"classes": 150}),
+            "a record of classification, but table4 is about segmentation",
+        ),
+    ],
+)
+def test_a_wrong_record_is_named_and_the_tables_still_written(record, says, root, capsys):
+    path = put(root, "wrong", record)
+    put(root, "right", evaluation(top1=77.1))
+    assert make_tables.main(["table2", "--format", "csv"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in error
+    assert says in error
+    assert table(root, "table2").set_index("model").loc["PoolFormer-S12", "top-1, % (here)"] == "77.1 (best.pt)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["table22"], "there is no table 'table22' (did you mean 'table2'?)"),
+        (["table2", "--format", "html"], "there is no format 'html'"),
+    ],
+)
+def test_wrong_arguments_to_make_tables(arguments, says, root):
+    with pytest.raises(InputError, match=re.escape(says)):
+        make_tables.main(arguments)
+    assert not (root / "analysis/tables").exists()
+
+
+def test_a_readme_without_its_section_is_named(root):
+    (root / "README.md").write_text("nothing")
+    with pytest.raises(InputError, match=r"README.md has no section 'imagenet'"):
+        make_tables.main(["table2"])
+
+
+# Records of runs
+
+
+def test_runs_become_records(run, tmp_path, monkeypatch):
+    folder = run("epochs=1")
+    monkeypatch.setattr(sys, "argv", ["validate.py", str(folder)])
+    validate.main()
+    targets = records.import_records([folder], tmp_path / "results")
+    assert sorted(re.sub(r"\d", "", path.name) for path in targets) == [
+        "classification-poolformer_s-T.json",
+        "training-poolformer_s-T.json",
+    ]
+    for target in targets:
+        record = records.read_record(target)
+        assert record.model == "poolformer_s12"
+        assert str(tmp_path) not in target.read_text()
+        assert "/" not in json.loads(target.read_text())["data"]["data_dir"]
+    evaluated = next(records.read_record(path) for path in targets if path.name.startswith("class"))
+    assert evaluated.training.epochs == 1
+    with pytest.raises(InputError, match="there are no records in"):
+        records.import_records([tmp_path / "results/none"])
+
+
+def test_paths_of_the_machine_are_cut(tmp_path):
+    cut = records.without_machine_paths
+    assert cut("python /home/me/x/validate.py run data_dir=/data/imagenet/ --a=~/b") == (
+        "python validate.py run data_dir=imagenet --a=b"
+    )
+    assert cut({"a": ["/x/y", 3, None], "b": "configs/detection/x.py"}) == {
+        "a": ["y", 3, None],
+        "b": "configs/detection/x.py",
+    }
+    for kept in ("https://github.com/sail-sg/poolformer/a.pth", "2.1 and/or 3", "rand-m9-mstd0.5-inc1"):
+        assert cut(kept) == kept
+
+
+def test_import_is_all_or_nothing(tmp_path):
+    (tmp_path / "good.json").write_text(json.dumps(evaluation()))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(InputError, match=r"bad.json is not a result record: kind"):
+        records.import_records([tmp_path / "good.json", tmp_path / "bad.json"], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+# Figures
+
+
+def test_figures_show_the_tables(tmp_path):
+    make_figures.main(["--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{kind}" for name in ("fig1b", "fig3", "ablation") for kind in ("png", "svg")
+    }
+    for path in tmp_path.glob("*.png"):
+        assert np.asarray(Image.open(path).convert("L")).std() > 10
+    figure = make_figures.fig1b()
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    assert lines.keys() == {"PoolFormer", "DeiT", "ResMLP", "RSB-ResNet"}
+    assert lines["PoolFormer"][:, 1].tolist() == [77.2, 80.3, 81.4, 82.1, 82.5]
+    assert lines["PoolFormer"][:, 0].round(1).tolist() == [1.8, 3.4, 5.0, 8.8, 11.6]
+    macs, parameters = make_figures.fig3().axes
+    assert len(macs.lines) == len(parameters.lines) == 27
+    assert sum(line.get_markerfacecolor() == "none" for line in macs.lines) == 3  # what nothing builds
+
+
+def test_curves_of_runs(run, tmp_path):
+    folder = run("epochs=2")
+    make_figures.main(["--runs", str(folder), "--out", str(tmp_path / "figures")])
+    assert (tmp_path / "figures/curves.png").is_file()
+    table = pd.read_csv(folder / "metrics.csv")
+    loss, accuracy = make_figures.curves([folder]).axes
+    assert loss.lines[0].get_ydata().tolist() == table["train_loss"].tolist()
+    assert accuracy.lines[0].get_ydata().tolist() == table["top1"].tolist()
+
+    log = tmp_path / "work/20260101_000000/vis_data/scalars.json"
+    log.parent.mkdir(parents=True)
+    lines = [
+        {"loss": 2.0, "epoch": 1, "iter": 10, "step": 10},
+        {"loss": 1.0, "epoch": 1, "iter": 20, "step": 20},
+        {"coco/bbox_mAP": 0.25, "step": 1},
+    ]
+    log.write_text("\n".join(map(json.dumps, lines)))
+    loss, accuracy = make_figures.curves([tmp_path / "work"]).axes
+    assert loss.lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.0]]
+    assert accuracy.lines[0].get_xydata().tolist() == [[20, 25.0]]
+    with pytest.raises(InputError, match="draw them in two figures"):
+        make_figures.curves([folder, tmp_path / "work"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fig1"], "there is no figure 'fig1' (did you mean 'fig1b'?)"),
+        (["curves"], "curves and --runs FOLDER... go together"),
+        (["fig3", "--runs", "x"], "curves and --runs FOLDER... go together"),
+        (["--runs", "nowhere"], "nowhere is no run"),
+    ],
+)
+def test_wrong_arguments_to_make_figures(arguments, says, tmp_path):
+    with pytest.raises(InputError, match=re.escape(says)):
+        make_figures.main([*arguments, "--out", str(tmp_path)])
+
+
+# Grad-CAM
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def weights(path: Path, name: str) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.abs().max() < 1e-4:  # ResMLP and LayerScale start with next to nothing
+                parameter.uniform_(0.5, 1)
+    torch.save(model.state_dict(), path / f"{name}.pt")
+    return path / f"{name}.pt"
+
+
+def test_gradcam_is_the_gradient_weighted_sum_of_the_papers_layer(picture, tmp_path):
+    """By the definition, from the activations and gradients of the last stage."""
+    model = gradcam.build("poolformer_s12", str(weights(tmp_path, "poolformer_s12")))
+    pixels = gradcam.read_picture(picture)
+    assert pixels.shape == (224, 224, 3)
+    (overlay,) = gradcam.cam_of("poolformer_s12", model, [pixels])
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    images = ((torch.from_numpy(pixels) - mean) / std).permute(2, 0, 1)[None]
+    features = model.forward_features(images).detach().requires_grad_()
+    logits = model.forward_head(features)
+    logits[0, logits.argmax()].backward()
+    cam = (features.grad.mean((2, 3), keepdim=True) * features).sum(1).relu()[0].detach().numpy()
+    cam = (cam - cam.min()) / (1e-7 + cam.max() - cam.min())
+    cam = gradcam.cv2.resize(cam, (224, 224))
+    expected = gradcam.show_cam_on_image(pixels, cam, use_rgb=True)
+    assert np.abs(overlay.astype(int) - expected).max() <= 2
+
+
+def test_tokens_become_maps_in_reading_order():
+    tokens = torch.arange(2 * (1 + 9) * 4).view(2, 10, 4)
+    maps = gradcam.tokens_to_map(tokens, prefix=1)
+    assert maps.shape == (2, 4, 3, 3)
+    assert torch.equal(maps[1, :, 2, 1], tokens[1, 1 + 3 * 2 + 1])
+
+
+def test_gradcam_draws_the_papers_models(picture, tmp_path):
+    names = ("resnet50", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
+    given = [f"{name}={weights(tmp_path, name)}" for name in names]
+    out = tmp_path / "out" / "cam.png"
+    gradcam.main([str(picture), "--models", *names, "--weights", *given, "--out", str(out)])
+    assert np.asarray(Image.open(out).convert("L")).std() > 10
+    layers = [gradcam.target_layer(name, timm.create_model(name)) for name in names]
+    assert [type(layer).__name__ for layer, _ in layers] == ["Bottleneck", "LayerNorm", "ResBlock", "MetaFormerStage"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{picture}", "--models", "poolformer_s112"], "there is no model 'poolformer_s112'"),
+        (["nowhere.png", "--models", "poolformer_s12"], "cannot read the picture nowhere.png"),
+        (["{picture}", "--weights", "resnet50=x"], "--weights resnet50=x: give NAME=FILE"),
+        (["{picture}", "--models", "resnet18", "--weights", "resnet18=none.pt"], "there is no checkpoint none.pt"),
+        (
+            ["{picture}", "--models", "mixnet_s", "--weights", "mixnet_s={mixnet}"],
+            "mixnet_s is a EfficientNet: Grad-CAM is there for MetaFormer",
+        ),
+    ],
+)
+def test_wrong_input_to_gradcam(arguments, says, picture, tmp_path):
+    if "mixnet_s" in arguments:
+        mixnet = weights(tmp_path, "mixnet_s")
+        arguments = [argument.replace("{mixnet}", str(mixnet)) for argument in arguments]
+    with pytest.raises(InputError, match=re.escape(says)):
+        gradcam.main([argument.replace("{picture}", str(picture)) for argument in arguments])
