@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import baselines  # noqa: F401  (registers models of Table 2)
 import metaformer
 from metaformer.errors import InputError, nearest, run_command
-from metaformer.provenance import write_json
+from metaformer.provenance import installed, write_json
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fvcore's import uses it
@@ -106,8 +105,7 @@ def definition(model: str) -> str:
     if model.endswith(".py"):
         files += [ROOT / model, *(ROOT / model).parent.glob("_base_/*.py")]
     digest = hashlib.sha256(model.encode())
-    for library in ("fvcore", "torch", "timm", "mmdet", "mmsegmentation", "mmengine"):
-        digest.update(f"{library}=={version(library)}".encode())
+    digest.update(json.dumps(installed()).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:24]

@@ -265,7 +265,13 @@ def table1(measured: Measured) -> Table:
                 "parameters, exact": f"{cached_count(row['build'])['learnable']:,}",
             }
         )
-    return Table("table1", paper()["table1"]["title"], rows, ["MACs at 224 pixels, by fvcore."])
+    earlier = paper()["table1"]["other_versions"]["v1_or_v2"]
+    versions = ", ".join(f"{earlier[row['model'].removeprefix('PoolFormer-')]} G" for row in paper()["table1"]["rows"])
+    notes = [
+        "MACs at 224 pixels, by fvcore, as in version 3 of the paper.",
+        f"Version 1 or 2 printed {versions}, counted by another script ({', '.join(earlier['source'])}).",
+    ]
+    return Table("table1", paper()["table1"]["title"], rows, notes)
 
 
 def table2(measured: Measured) -> Table:
@@ -348,7 +354,7 @@ def table6(measured: Measured) -> Table:
     for row in paper()["table6"]["rows"]:
         printed, setting = row["printed"], row["setting"]
         if setting is None:
-            here, same = row["here"], True
+            here, same = row["here"], printed in (0, "off")
         else:
             values = [config[setting] for config in configs]
             per_variant = isinstance(printed, list) and "one" not in row

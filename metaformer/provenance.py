@@ -18,7 +18,7 @@ import torch
 from metaformer.errors import InputError
 
 PACKAGES = (
-    *("metaformer", "torch", "torchvision", "timm", "numpy", "pillow", "transformers"),
+    *("metaformer", "torch", "torchvision", "timm", "numpy", "pillow", "transformers", "fvcore"),
     *("mmengine", "mmcv-lite", "mmcv", "mmdet", "mmsegmentation", "opencv-python", "pycocotools"),
 )
 

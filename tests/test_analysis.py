@@ -147,7 +147,7 @@ def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
     with (tmp_path / "metaformer/mixers.py").open("a") as file:
         file.write("# changed\n")
     assert count.cached_count("a")["learnable"] == 3
-    monkeypatch.setattr(count, "version", lambda library: "0.0")
+    monkeypatch.setattr(count, "installed", lambda: {"fvcore": "0.0"})
     assert count.cached_count("a")["learnable"] == 4
 
 
@@ -221,6 +221,20 @@ def test_the_recipes_expect_what_the_paper_prints():
             config = ROOT / f"configs/{folder}/{row.get('build')}.yaml"
             if config.is_file():
                 assert yaml.safe_load(config.read_text())["expected_top1"] == row["top1"]
+
+
+def test_the_stages_of_table_1_are_the_models():
+    model = timm.create_model("poolformer_s12")
+    for row, stage in zip(PAPER["table1"]["stages"], model.stages, strict=True):
+        conv = stage.downsample if isinstance(stage.downsample, nn.Conv2d) else model.stem
+        block = stage.blocks[0]
+        assert conv.kernel_size == (row["patch"],) * 2
+        assert conv.stride == (row["stride"],) * 2
+        assert conv.padding == (row["padding"],) * 2
+        assert block.token_mixer.pool.kernel_size == row["pool"]
+        assert block.mlp.fc1.out_channels == row["mlp_ratio"] * block.mlp.fc1.in_channels
+    dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts == [0]  # the classifier's; Table 6 has no other either
 
 
 # Verdicts

@@ -93,14 +93,14 @@ class ResultRecord(Hook):
     def after_train(self, runner: Runner) -> None:
         if not is_main_process():
             return
-        loop, loader = runner.train_loop, runner.train_dataloader
+        loop, config = runner.train_loop, runner.cfg.train_dataloader
         times, _ = runner.message_hub.get_scalar("train/time").data
-        images = loader.batch_size * runner.world_size
+        images = config.batch_size * runner.world_size
         record = {
             "kind": "training",
             "status": "finished",
             "model": Path(runner.cfg.filename).stem,
-            "data": data_of(loader.dataset, runner.cfg.train_dataloader.dataset),
+            "data": data_of(runner.train_dataloader.dataset, config.dataset),
             "devices": runner.world_size,
             "images_per_s": images / float(np.median(times)),
             "seed": runner.seed,
@@ -108,7 +108,7 @@ class ResultRecord(Hook):
                 "batch": images,
                 "epochs": loop.max_epochs,
                 "iterations": loop.max_iters,
-                "pipeline": [dict(step) for step in runner.cfg.train_dataloader.dataset.pipeline],
+                "pipeline": [dict(step) for step in config.dataset.pipeline],
             },
             "starts": [self.provenance],
         }
