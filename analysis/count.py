@@ -64,7 +64,7 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
     """
     network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
     analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, 3, *size))
-    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_macs)
+    analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     try:
         with shapes_only():
@@ -129,13 +129,19 @@ def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
     if not Path(path).is_file():
         near = nearest(Path(path).stem, [file.stem for file in Path(path).parent.glob("*.py")])
         raise InputError(f"there is no config {path}{near}")
-    config = Config.fromfile(path)
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a config is code: anything may go wrong in it
+        raise InputError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
     if config.get("default_scope") not in DEFAULT_SIZES or "model" not in config:
         raise InputError(f"{path} is not the config of a model of mmdet or mmseg")
     init_default_scope(config.default_scope)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the toolboxes warn of their own deprecations
-        model = MODELS.build(config.model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the toolboxes warn of their own deprecations
+            model = MODELS.build(config.model)
+    except Exception as error:  # likewise
+        raise InputError(f"cannot build the model of {path}: {textwrap.shorten(str(error), 300)}") from error
     if hasattr(model, "roi_head"):
         model.forward = partial(two_stages, model)
     return model, size or DEFAULT_SIZES[config.default_scope]
@@ -168,6 +174,9 @@ def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return 2 * math.prod(heads) * queries * keys * channels
 
 
+ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)
+
+
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Trace without the arithmetic: convolutions and matrix products give zeros of the right shape.
@@ -193,7 +202,7 @@ def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
     dilation = per_side(dilation)
     if padding == "same":
         reach = [step * (kernel - 1) for step, kernel in zip(dilation, weight.shape[2:], strict=True)]
-        x = F.pad(x, [pad for total in reversed(reach) for pad in (total // 2, total - total // 2)])
+        x = F.pad(x, [pad for total in reversed(reach) for pad in (0, total)])  # for the shape, any side will do
     padding = per_side(0 if isinstance(padding, str) else padding)
     geometry = (per_side(stride), padding, dilation, False, per_side(0))
     return torch._convolution(x, weight, bias, *geometry, groups, *[False] * 4)

@@ -113,7 +113,7 @@ def compare(row: Row, column: str) -> tuple[str, str, Verdict]:
     elif explanation and holds(explanation["as"], row["build"], column, value, printed):
         verdict = explained(explanation)
     else:
-        verdict = Verdict("unexplained")
+        verdict = Verdict("unexplained", row.get("open", {}).get(column, ""))
     return str(shown), f"{rounded(difference, digits + 2):+}", verdict
 
 

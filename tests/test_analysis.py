@@ -134,6 +134,22 @@ def test_same_padding_and_transposed_convolutions_are_counted():
     assert shapes == model(images).shape
 
 
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, tokens):
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+def test_attention_in_one_operator_is_counted():
+    model, tokens = SelfAttention().eval(), torch.zeros(1, 10, 32)
+    analysis = count.FlopCountAnalysis(model, tokens).set_op_handle(*count.ATTENTION)
+    with count.shapes_only():
+        assert analysis.total() == macs_by_torch(model, tokens) == 4 * 10 * 32 * 32 + 2 * 10 * 10 * 32
+
+
 def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(count, "CACHE", tmp_path / "cache")
@@ -174,6 +190,21 @@ def test_wrong_input_to_count(arguments, says, monkeypatch, capsys):
     assert status == 2
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("model = dict(", "cannot read the config"),
+        ("model = 1 / 0", "cannot read the config"),
+        ("default_scope = 'mmdet'\nmodel = dict(type='Nothing')", "cannot build the model of"),
+        ("model = dict(type='RetinaNet')", "is not the config of a model of mmdet or mmseg"),
+    ],
+)
+def test_broken_configs(content, says, tmp_path):
+    (tmp_path / "broken.py").write_text(content)
+    with pytest.raises(InputError, match=says):
+        count.count(str(tmp_path / "broken.py"))
 
 
 def test_count_prints_and_gives_json(monkeypatch, capsys):
