@@ -525,7 +525,7 @@ def cells_of(column: str, cell: Any, kind: str, notes: list[str]) -> Iterator[tu
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    return frame.to_markdown(index=False, disable_numparse=True, tablefmt="github").replace(" :--", " ---")
+    return frame.to_markdown(index=False, disable_numparse=True, tablefmt="github")
 
 
 def readme_sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[str, str], str]:
@@ -565,6 +565,9 @@ def readme_sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[
                 "box AP in the paper": str(row["AP"]),
                 "mask AP in the paper": str(row.get("mask_AP", NOTHING)),
                 "box AP measured here": measured.cell(row["build"], metric(DETECTION["AP"], 100)),
+                "mask AP measured here": measured.cell(row["build"], metric(DETECTION["mask_AP"], 100))
+                if "mask_AP" in row
+                else NOTHING,
             }
             for row in paper()["table3"]["rows"]
         ]

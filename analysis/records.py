@@ -7,6 +7,7 @@ folders of classification/ (run.json, validation.json) and work dirs of mmdet an
 the folders of their logs). Absolute paths are cut to their last part.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -187,8 +188,12 @@ def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
         parsed = parse(record, path)
         if isinstance(parsed, Training) and record.get("status", "finished") == "failed":
             raise InputError(f"{path} is the record of a run that failed: {record.get('error')}")
-        day = re.sub(r"[^0-9T]", "", parsed.date[:19])
-        checked[results / f"{parsed.kind}-{parsed.model}-{day}.json"] = without_machine_paths(record)
+        record = without_machine_paths(record)
+        # The digest tells apart what was started in the same second.
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
+        time = re.sub("[^0-9T]", "", parsed.date[:19])
+        name = re.sub(r"[^\w.-]", "-", f"{parsed.kind}-{parsed.model}-{time}-{digest}.json")
+        checked[results / name] = record
     results.mkdir(exist_ok=True)
     for target, record in checked.items():
         write_json(target, record)

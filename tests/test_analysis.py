@@ -485,10 +485,9 @@ def test_runs_become_records(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["validate.py", str(folder)])
     validate.main()
     targets = records.import_records([folder], tmp_path / "results")
-    assert sorted(re.sub(r"\d", "", path.name) for path in targets) == [
-        "classification-poolformer_s-T.json",
-        "training-poolformer_s-T.json",
-    ]
+    names = [re.sub(r"-\d{8}T\d{6}-[0-9a-f]{6}.json$", "", path.name) for path in targets]
+    assert sorted(names) == ["classification-poolformer_s12", "training-poolformer_s12"]
+    assert records.import_records([folder], tmp_path / "results") == targets  # the same again are the same files
     for target in targets:
         record = records.read_record(target)
         assert record.model == "poolformer_s12"
@@ -511,6 +510,14 @@ def test_paths_of_the_machine_are_cut(tmp_path):
     }
     for kept in ("https://github.com/sail-sg/poolformer/a.pth", "2.1 and/or 3", "rand-m9-mstd0.5-inc1"):
         assert cut(kept) == kept
+
+
+def test_records_of_the_same_second_are_both_kept(tmp_path):
+    for seed in (0, 1):
+        record = evaluation(model="hf_hub:a/b", training={"epochs": 300, "seed": seed})
+        (tmp_path / f"{seed}.json").write_text(json.dumps(record))
+    assert len(records.import_records([tmp_path / "0.json", tmp_path / "1.json"], tmp_path / "results")) == 2
+    assert len(list((tmp_path / "results").glob("classification-hf_hub-a-b-*.json"))) == 2
 
 
 def test_import_is_all_or_nothing(tmp_path):
