@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from make_tables import ROOT
 from metaformer import MetaFormer
 from metaformer.errors import InputError, nearest, run_command
-from metaformer.weights import load_state, read_checkpoint, weights_of
+from metaformer.weights import load_state, named_for, read_checkpoint, weights_of
 
 PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
 """The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
@@ -72,8 +72,8 @@ def build(name: str, weights: str | None) -> nn.Module:
                 f"cannot fetch the released weights of {name} ({' '.join(str(error).split())[:200]}): "
                 f"give a file with --weights {name}=FILE"
             ) from error
-    state = weights_of(read_checkpoint(weights))
     model = timm.create_model(name)
+    state = named_for(weights_of(read_checkpoint(weights)), model)
     classifier = next(label for label, module in model.named_modules() if module is model.get_classifier())
     if f"{classifier}.weight" in state:
         model.reset_classifier(len(state[f"{classifier}.weight"]))

@@ -38,7 +38,7 @@ from distributed import Processes, StopSignal, join
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_file, write_json
 from metaformer.weights import read_checkpoint
-from validate import autocast, build_model, evaluate, normaliser, precision_on, with_input_of
+from validate import autocast, build_model, evaluate, normaliser, precision_on, released_weights, with_input_of
 
 MAY_CHANGE = {"output", "resume", "workers", "log_interval", "data_dir", "expected_top1"}
 """Settings that may differ when a run continues: they leave what it computes as it is."""
@@ -113,6 +113,7 @@ class Trainer:
         self.data: Data = load_data(config, workers)
         seed_everything(config.seed)
         self.model = build_model(config, self.data.num_classes)
+        self.released = released_weights(config)
         self.config = config = with_input_of(config, self.model)
         self.device = device = processes.device
         self.model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
@@ -452,6 +453,7 @@ class Trainer:
             "devices": self.processes.world,
             "lr": self.lr,
             "seed": self.config.seed,
+            "pretrained": self.released,
             "epochs": {"done": self.epoch, "planned": self.epochs},
             "best": best,
             "last": self.history[-1] if self.history else None,

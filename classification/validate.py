@@ -25,6 +25,7 @@ from data import checked, load_validation, shut_down, val_loader
 from distributed import Processes, join
 from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import provenance, sha256, write_json
+from metaformer.variants import released_file
 from metaformer.weights import load_state, read_checkpoint, weights_of
 
 
@@ -50,6 +51,14 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         weights = weights_of(read_checkpoint(config.checkpoint), ema=True)
         load_state(model, weights, config.checkpoint, config.replace_head)
     return model
+
+
+def released_weights(config: Config) -> dict[str, str] | None:
+    """Name and SHA-256 of the released file that training starts from, if it does and the model is one of ours."""
+    if not config.pretrained or config.model not in metaformer.VARIANTS:
+        return None
+    file = released_file(config.model)
+    return {"file": file.name, "sha256": sha256(file)}
 
 
 def with_input_of(config: Config, model: nn.Module) -> Config:

@@ -1,6 +1,7 @@
 """PoolFormer and MetaFormer (arXiv 2111.11418). Importing this registers the models with timm."""
 
 from metaformer.errors import InputError
+from metaformer.formats import convert
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MLN, ChannelLayerNorm, ChannelMlp, MetaFormer, MetaFormerBlock
 from metaformer.variants import ABLATIONS, POOLFORMERS, VARIANTS
@@ -21,5 +22,6 @@ __all__ = [
     "Pooling",
     "RandomMixing",
     "SpatialFC",
+    "convert",
     "load_weights",
 ]

@@ -152,6 +152,30 @@ def test_drop_path_is_off_unless_asked_for():
     assert rates == pytest.approx([0.1 * i / 11 for i in range(1, 12)])
 
 
+def test_a_classifier_takes_the_backbone_of_a_detector(tmp_path):
+    detector = nn.ModuleDict({"backbone": randomised(backbone()), "neck": nn.Conv2d(512, 256, 1)})
+    torch.save({"state_dict": detector.state_dict(), "meta": {}}, tmp_path / "epoch_12.pth")
+    classifier = metaformer.variants.entry_point("poolformer_s12")(num_classes=3)
+    head = classifier.head.weight.clone()
+    with pytest.raises(InputError, match="holds a backbone without a classifier: use replace_head=true"):
+        metaformer.load_weights(classifier, tmp_path / "epoch_12.pth")
+    assert metaformer.load_weights(classifier, tmp_path / "epoch_12.pth", replace_head=True) == "toolbox"
+    images = torch.randn(1, 3, 64, 64)
+    levels = detector["backbone"].forward_intermediates(images, intermediates_only=True)
+    torch.testing.assert_close(classifier.forward_features(images), levels[-1])
+    assert torch.equal(classifier.head.weight, head)
+
+    # What mmengine pickles is allowed when it is met, in a program that knows nothing of the toolboxes.
+    history = HistoryBuffer(np.ones(3), np.ones(3))
+    torch.save({"state_dict": detector.state_dict(), "message_hub": {"loss": history}}, tmp_path / "epoch_12.pth")
+    code = f"""import sys, timm, metaformer
+model = timm.create_model("poolformer_s12", num_classes=3)
+assert "mmengine" not in sys.modules
+assert metaformer.load_weights(model, {str(tmp_path / "epoch_12.pth")!r}, replace_head=True) == "toolbox"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_readme_s_mixer_of_ones_own():
     """The snippet of detection/README.md, run as it stands."""
     snippet = next(s for s in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "register_module" in s)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaformer.errors import InputError
+from metaformer.formats import FROM, StateDict, recognised
 from metaformer.model import MetaFormer
 from metaformer.variants import variant_arguments
-from metaformer.weights import StateDict, differences, from_official, listed, weights_of
+from metaformer.weights import differences, listed, weights_of
 
 
 @MODELS.register_module(name="MetaFormer")
@@ -136,10 +137,10 @@ def parts(names: set[str]) -> str:
 
 
 def from_official_pyramid(weights: StateDict) -> StateDict:
-    """Names of the official detectors' backbone to ours: the classifier's, and ``norm{0,2,4,6}`` of the levels."""
+    """Names of a classifier in any known format to ours; ``norm{0,2,4,6}``: the levels of the official detectors."""
     return {
         re.sub(r"^norm([0246])\.", lambda match: f"out_norms.{int(match[1]) // 2}.", name): tensor
-        for name, tensor in from_official(weights).items()
+        for name, tensor in FROM[recognised(weights) or "ours"](weights).items()
     }
 
 

@@ -1,10 +1,8 @@
 """Checkpoints of mmengine, read with ``weights_only`` on: what it pickles besides tensors is allowed by name."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -14,8 +12,9 @@ from mmengine.runner import CheckpointLoader
 from torch import distributed, nn
 
 from metaformer.errors import InputError
+from metaformer.formats import StateDict
 from metaformer.mm.backbone import MetaFormerBackbone, rename_official
-from metaformer.weights import StateDict, differences, listed, read_checkpoint
+from metaformer.weights import differences, fetch, listed, read_checkpoint
 
 
 def attribute_of_history(owner: type, name: str) -> Any:
@@ -49,18 +48,11 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
 @CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
 def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None) -> dict:
     """In place of mmengine's, which reads downloads with ``weights_only`` off. The first process fetches."""
-    folder = Path(model_dir or Path(torch.hub.get_dir()) / "checkpoints")
-    path = folder / Path(urlparse(filename).path).name
     if get_rank() == 0:
-        fetch(filename, path)
+        fetch(filename, model_dir)
     if is_distributed():
         distributed.barrier()
-    fetch(filename, path)  # on the other machines, where they share no file system
-    try:
-        return read(path)
-    except InputError:
-        path.unlink(missing_ok=True)  # to be fetched again
-        raise
+    return read(fetch(filename, model_dir))  # fetched on the other machines, where they share no file system
 
 
 def read(path: Path) -> dict:
@@ -69,19 +61,6 @@ def read(path: Path) -> dict:
         # Of old versions: mmengine would execute it as Python, to learn how many GPUs there were.
         checkpoint["meta"].pop("config", None)
     return checkpoint
-
-
-def fetch(url: str, path: Path) -> None:
-    if path.is_file():
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
-    except OSError as error:
-        raise InputError(
-            f"cannot fetch {url} ({error}): fetch it elsewhere and name the file, for a backbone with "
-            "--cfg-options model.backbone.init_cfg.checkpoint=FILE"
-        ) from error
 
 
 def weights_for(model: nn.Module, checkpoint: dict) -> StateDict:

@@ -1,0 +1,172 @@
+"""State dicts by the names that other libraries give the same tensors, to ours and back.
+
+=============  =====================================================================================
+``official``   github.com/sail-sg/poolformer: ``patch_embed``, ``network.*``
+``timm``       ``timm.models.metaformer``: ``stem.conv``, ``head.norm``, ``head.fc``
+``hf``         transformers' ``PoolFormerForImageClassification``: ``poolformer.encoder.*``
+``mmpretrain`` the official names under ``backbone``, ``head.fc``
+``toolbox``    a detector or segmentor trained with :mod:`metaformer.mm`; its backbone, to read only
+``ours``       this package's
+=============  =====================================================================================
+"""
+
+import re
+from collections.abc import Callable
+
+from torch import Tensor
+
+from metaformer.errors import InputError, nearest
+
+StateDict = dict[str, Tensor]
+Rules = list[tuple[str, str]]
+
+BLOCK = r"^stages\.(\d+)\.blocks\.(\d+)\."
+TO_TIMM: Rules = [
+    (r"^stem\.", "stem.conv."),
+    (r"\.downsample\.", ".downsample.conv."),
+    (r"\.layer_scale([12])$", r".layer_scale\1.scale"),
+    (r"^norm\.", "head.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+FROM_TIMM: Rules = [
+    (r"^stem\.conv\.", "stem."),
+    (r"\.downsample\.conv\.", ".downsample."),
+    (r"\.layer_scale([12])\.scale$", r".layer_scale\1"),
+    (r"^head\.norm\.", "norm."),
+    (r"^head\.fc\.", "head."),
+]
+TO_HF: Rules = [
+    (r"^stem\.", "poolformer.encoder.patch_embeddings.0.projection."),
+    (r"^stages\.(\d+)\.downsample\.", r"poolformer.encoder.patch_embeddings.\1.projection."),
+    (BLOCK + "norm1", r"poolformer.encoder.block.\1.\2.before_norm"),
+    (BLOCK + "norm2", r"poolformer.encoder.block.\1.\2.after_norm"),
+    (BLOCK + r"mlp\.fc([12])", r"poolformer.encoder.block.\1.\2.output.conv\3"),
+    (BLOCK + "layer_scale([12])$", r"poolformer.encoder.block.\1.\2.layer_scale_\3"),
+    (r"^head\.", "classifier."),
+]
+FROM_HF: Rules = [
+    (r"^poolformer\.encoder\.patch_embeddings\.0\.projection\.", "stem."),
+    (r"^poolformer\.encoder\.patch_embeddings\.(\d+)\.projection\.", r"stages.\1.downsample."),
+    (r"^poolformer\.encoder\.block\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.before_norm\.", ".norm1."),
+    (r"\.after_norm\.", ".norm2."),
+    (r"\.output\.conv([12])\.", r".mlp.fc\1."),
+    (r"\.layer_scale_([12])$", r".layer_scale\1"),
+    (r"^classifier\.", "head."),
+]
+
+
+def by(rules: Rules) -> Callable[[StateDict], StateDict]:
+    def rename(state_dict: StateDict) -> StateDict:
+        renamed = {}
+        for name, tensor in state_dict.items():
+            for pattern, replacement in rules:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = tensor
+        return renamed
+
+    return rename
+
+
+def to_official(state_dict: StateDict) -> StateDict:
+    """The official code numbers what follows the stem: downsampling, position embedding and blocks of each stage."""
+    kinds = {(int(m[1]), m[2]) for name in state_dict if (m := re.match(r"stages\.(\d+)\.(\w+)", name))}
+    order = sorted(kinds, key=lambda kind: (kind[0], ("downsample", "position", "blocks").index(kind[1])))
+    places = {kind: i for i, kind in enumerate(order)}
+    renamed = {}
+    for name, tensor in state_dict.items():
+        if stage := re.match(r"stages\.(\d+)\.(\w+)\.(.*)", name):
+            number, part, rest = int(stage[1]), stage[2], re.sub(r"layer_scale([12])$", r"layer_scale_\1", stage[3])
+            name = f"network.{places[number, part]}.{'proj.' if part == 'downsample' else ''}{rest}"
+        renamed[re.sub(r"^stem\.", "patch_embed.proj.", name)] = tensor
+    return renamed
+
+
+def from_official(state_dict: StateDict) -> StateDict:
+    parts = {int(m[1]): m[2] for name in state_dict if (m := re.match(r"network\.(\d+)\.(proj|pos_embed|\d)", name))}
+    stage, prefixes = 0, {}
+    for place in sorted(parts):
+        stage += parts[place] == "proj"
+        kind = {"proj": "downsample", "pos_embed": "position"}.get(parts[place], "blocks")
+        prefixes[place] = f"stages.{stage}.{kind}."
+    renamed = {}
+    for name, tensor in state_dict.items():
+        if place := re.match(r"network\.(\d+)\.(?:proj\.)?(.*)", name):
+            name = prefixes[int(place[1])] + re.sub(r"layer_scale_([12])$", r"layer_scale\1", place[2])
+        renamed[re.sub(r"^patch_embed\.proj\.", "stem.", name)] = tensor
+    return renamed
+
+
+def to_mmpretrain(state_dict: StateDict) -> StateDict:
+    # norm6 follows network.6, the blocks of the last stage.
+    rules = [(r"^norm\.", "backbone.norm6."), (r"^head\.", "head.fc."), (r"^(?=network\.|patch_embed\.)", "backbone.")]
+    return by(rules)(to_official(state_dict))
+
+
+def from_mmpretrain(state_dict: StateDict) -> StateDict:
+    rules = [(r"^backbone\.norm6\.", "norm."), (r"^head\.fc\.", "head."), (r"^backbone\.", "")]
+    return from_official(by(rules)(state_dict))
+
+
+def from_toolbox(state_dict: StateDict) -> StateDict:
+    """The trunk alone: heads and norms of the levels are those of another task."""
+    trunk = re.compile(r"backbone\.(?=stem\.|stages\.)")
+    return {trunk.sub("", name, 1): tensor for name, tensor in state_dict.items() if trunk.match(name)}
+
+
+def unchanged(state_dict: StateDict) -> StateDict:
+    return dict(state_dict)
+
+
+TO = {
+    "official": to_official,
+    "timm": by(TO_TIMM),
+    "hf": by(TO_HF),
+    "mmpretrain": to_mmpretrain,
+    "ours": unchanged,
+}
+FROM = {
+    "official": from_official,
+    "timm": by(FROM_TIMM),
+    "hf": by(FROM_HF),
+    "mmpretrain": from_mmpretrain,
+    "toolbox": from_toolbox,
+    "ours": unchanged,
+}
+MARKS = {
+    "official": r"network\.0\.0\.",
+    "timm": r"stem\.conv\.weight",
+    "hf": r"poolformer\.encoder\.",
+    "mmpretrain": r"backbone\.network\.0\.0\.",
+    "toolbox": r"backbone\.stem\.",
+    "ours": r"stages\.0\.blocks\.0\.norm1|stem\.weight",
+}
+"""What the name of some tensor begins with in each format, and in no format before it."""
+
+
+def recognised(state_dict: StateDict) -> str | None:
+    """The format of a state dict, by its names; ``None`` for those of none of these libraries."""
+    return next((kind for kind, mark in MARKS.items() if any(re.match(mark, name) for name in state_dict)), None)
+
+
+def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
+    """The same tensors under the names of another library; the format that they come in is recognised.
+
+    timm's head takes the average before the norm, so that its logits differ from the paper's on the same weights.
+
+    Args:
+        state_dict: names to tensors, in any of the formats.
+        to: ``"official"``, ``"timm"``, ``"hf"``, ``"mmpretrain"`` or ``"ours"``.
+
+    Raises:
+        InputError: an unknown format, on either side.
+    """
+    if to not in TO:
+        raise InputError(f"there is no format {to!r}{nearest(to, TO)}: there are {', '.join(TO)}")
+    kind = recognised(state_dict)
+    if kind is None:
+        raise InputError(
+            f"these are no weights of a MetaFormer in a known format ({', '.join(TO)}): the first name is "
+            f"{next(iter(state_dict), 'none')!r}"
+        )
+    return TO[to](FROM[kind](state_dict))
