@@ -61,6 +61,17 @@ def build(name: str, weights: dict[str, Any], source: Path) -> nn.Module:
     return model.eval()
 
 
+@torch.inference_mode()
+def difference_in_timm(model: nn.Module) -> float:
+    """Norm of the difference between timm's logits and the model's on random images, relative to the latter's."""
+    theirs = getattr(timm.models.metaformer, model.pretrained_cfg["architecture"])
+    theirs = theirs(num_classes=model.num_classes, in_chans=model.in_chans).eval()
+    theirs.load_state_dict(convert(model.state_dict(), "timm"))
+    images = torch.randn(8, model.in_chans, 224, 224, generator=torch.Generator().manual_seed(0))
+    logits = model(images)
+    return ((theirs(images) - logits).norm() / logits.norm()).item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m metaformer.weights", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", type=Path, help="checkpoint of any of these formats")
@@ -90,7 +101,10 @@ def main() -> None:
         write_file(options.target, lambda file: torch.save(wrapped, file))
     print(f"{options.source} ({recognised(weights)}, {name}) -> {options.target} ({options.to})")
     if options.to == "timm":
-        print("timm averages before the last norm, where the paper's code norms first: its logits will differ")
+        print(
+            "timm averages before the last norm, where the paper's code norms first: "
+            f"its logits differ by {100 * difference_in_timm(model):.1f} % on random images"
+        )
 
 
 if __name__ == "__main__":
