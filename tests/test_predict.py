@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from transformers import PoolFormerImageProcessor
+from transformers.image_utils import load_image
 
 import metaformer
 import predict
@@ -75,16 +77,25 @@ MODES = {
 }
 
 
-def test_all_kinds_of_pictures_and_those_that_cannot_be_read(run, tmp_path, capsys):
-    folder = run("epochs=1")
-    (tmp_path / "odd" / "below").mkdir(parents=True)
+def draw_kinds(folder: Path) -> list[Path]:
     rng = np.random.default_rng(0)
     for name, (mode, size) in MODES.items():
         if mode == "I;16":
             picture = Image.fromarray(rng.integers(0, 2**16, size[::-1], dtype=np.uint16))
         else:
-            picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
-        picture.save(tmp_path / "odd" / name)
+            # Few large patches, so that no picture is noise alone.
+            rough = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+            picture = rough.resize(size, Image.Resampling.BICUBIC).convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name == "cmyk.jpg" else 1  # turned by 90 degrees, or upright
+        picture.save(folder / name, exif=exif)
+    return [folder / name for name in MODES]
+
+
+def test_all_kinds_of_pictures_and_those_that_cannot_be_read(run, tmp_path, capsys):
+    folder = run("epochs=1")
+    (tmp_path / "odd" / "below").mkdir(parents=True)
+    draw_kinds(tmp_path / "odd")
     (tmp_path / "odd" / "below" / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "odd" / "notes.txt").write_text("not looked at")
     out, err = predicted(capsys, tmp_path / "odd", "--checkpoint", folder, "--batch", 3, "--json", status=1)
@@ -146,6 +157,19 @@ def test_preprocessing_is_transformers_to_two_grey_levels(size, crop_pct):
     difference = np.abs(ours - theirs)
     assert difference.max() <= 2
     assert difference.mean() < 0.05
+
+
+def test_all_kinds_of_pictures_are_read_as_by_transformers(tmp_path):
+    """Grey, with alpha, a palette, CMYK, turned, of one pixel: as its pipeline loads them."""
+    config = Config(crop_pct=0.9, interpolation="bicubic")
+    paths = draw_kinds(tmp_path)
+    ours = predict.Pictures(paths, config)
+    processor = PoolFormerImageProcessor(do_normalize=False, do_rescale=False)
+    for index, path in enumerate(paths):
+        theirs = processor(load_image(str(path)), return_tensors="np", input_data_format="channels_first")
+        difference = np.abs(np.asarray(ours[index][1]).astype(int) - np.rint(theirs["pixel_values"][0]).astype(int))
+        assert difference.max() <= 2, path.name
+        assert difference.mean() < 0.05, path.name
 
 
 def resized(size: tuple[int, int], shortest: int) -> tuple[int, int]:
