@@ -146,7 +146,7 @@ MARKS = {
 
 def recognised(state_dict: StateDict) -> str | None:
     """The format of a state dict, by its names; ``None`` for those of none of these libraries."""
-    return next((kind for kind, mark in MARKS.items() if any(re.match(mark, name) for name in state_dict)), None)
+    return next((kind for kind, mark in MARKS.items() if any(re.match(mark, str(name)) for name in state_dict)), None)
 
 
 def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
@@ -159,7 +159,7 @@ def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
         to: ``"official"``, ``"timm"``, ``"hf"``, ``"mmpretrain"`` or ``"ours"``.
 
     Raises:
-        InputError: an unknown format, on either side.
+        InputError: an unknown format, on either side, or a backbone alone that is to be a whole model.
     """
     if to not in TO:
         raise InputError(f"there is no format {to!r}{nearest(to, TO)}: there are {', '.join(TO)}")
@@ -169,4 +169,6 @@ def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
             f"these are no weights of a MetaFormer in a known format ({', '.join(TO)}): the first name is "
             f"{next(iter(state_dict), 'none')!r}"
         )
+    if kind == "toolbox" and to != "ours":
+        raise InputError(f"a detector's or segmentor's backbone has no classifier and cannot become a whole {to} model")
     return TO[to](FROM[kind](state_dict))

@@ -210,6 +210,8 @@ def test_hugging_face_folders(file, tmp_path):
         ({"stem.weight": torch.zeros(1)}, "onnx", "there is no format 'onnx'"),
         ({"conv1.weight": torch.zeros(1)}, "hf", "no weights of a MetaFormer in a known format"),
         ({}, "hf", "the first name is 'none'"),
+        ({0: torch.zeros(1)}, "hf", "the first name is 0"),
+        ({"backbone.stem.weight": torch.zeros(1)}, "hf", "has no classifier and cannot become a whole hf model"),
     ],
 )
 def test_wrong_input_to_convert(weights, to, says):
