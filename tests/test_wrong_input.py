@@ -49,7 +49,7 @@ def copied(pictures, root):
         (["global_batch=5", "mixup=0.8"], r"Mixup and CutMix need even numbers: use global_batch=6, or mixup=0"),
         (
             ["pretrained=true", "model_args={pretrained_cfg_overlay: {url: 'file:///nowhere.pth'}}"],
-            r"cannot fetch the released weights of poolformer_s12: .*nowhere.pth",
+            r"cannot fetch file:///nowhere.pth .*name the file as checkpoint",
         ),
         (["checkpoint=nowhere.pt"], r"there is no checkpoint nowhere.pt"),
         (["output=empty.yaml/run"], r"cannot write to the output folder empty.yaml/run: Not a directory"),
