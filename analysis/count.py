@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import baselines  # noqa: F401  (registers models of Table 2)
 import metaformer
 from metaformer.errors import InputError, nearest, run_command
+from metaformer.mixers import Size
 from metaformer.provenance import installed, write_json
 
 with warnings.catch_warnings():
@@ -36,7 +37,6 @@ with warnings.catch_warnings():
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "analysis/.cache"
-Size = tuple[int, int]
 DEFAULT_SIZES = {"mmdet": (800, 1280), "mmseg": (512, 512)}
 """Height and width at which detectors and segmentors are usually counted, as by the toolboxes' own get_flops.py."""
 PROPOSALS, MASKS = 1000, 100
