@@ -1,6 +1,7 @@
 """PoolFormer and MetaFormer (arXiv 2111.11418). Importing this registers the models with timm."""
 
 from metaformer.errors import InputError
+from metaformer.folding import fuse
 from metaformer.formats import convert
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MLN, ChannelLayerNorm, ChannelMlp, MetaFormer, MetaFormerBlock
@@ -23,5 +24,6 @@ __all__ = [
     "RandomMixing",
     "SpatialFC",
     "convert",
+    "fuse",
     "load_weights",
 ]

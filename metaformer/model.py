@@ -10,11 +10,13 @@ from typing import TypeVar
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from metaformer.errors import InputError
+from metaformer.fused import mlp_half, pooling_half
 from metaformer.mixers import Pooling, Size, check_size
 
 T = TypeVar("T")
@@ -64,6 +66,8 @@ class MetaFormerBlock(nn.Module):
         residual: whether ``x +`` is there (Table 5 has a row without).
         layer_scale_init: initial value of LayerScale; ``None`` leaves it out.
         drop_path: probability that a branch is dropped for a sample while training.
+        fused: compute the halves that :attr:`fusable` names as in :mod:`metaformer.fused`: the same function in fewer
+            passes over memory.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class MetaFormerBlock(nn.Module):
         residual: bool = True,
         layer_scale_init: float | None = 1e-5,
         drop_path: float = 0.0,
+        fused: bool = True,
     ):
         super().__init__()
         has_mlp = mlp_ratio is not None
@@ -91,12 +96,50 @@ class MetaFormerBlock(nn.Module):
         self.mlp = ChannelMlp(dim, act_layer, mlp_ratio) if has_mlp else None
         self.layer_scale2 = layer_scale() if has_mlp else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.fused = fused
+        self.grad_checkpointing = False
+
+    @property
+    def fusable(self) -> tuple[bool, bool]:
+        """Which halves :mod:`metaformer.fused` computes: pooling after MLN, and an MLP with GELU after MLN.
+
+        A module whose forward would be missed stays in charge: one of another class, or with hooks, as those that count
+        operations have.
+        """
+        if not self.residual or _has_any_global_hook():
+            return False, False
+        mixer, mlp = self.token_mixer, self.mlp
+        first = as_made(self.norm1, MLN) and as_made(mixer, Pooling) and as_made(mixer.pool, nn.AvgPool2d)
+        second = as_made(self.norm2, MLN) and as_made(mlp, ChannelMlp) and as_made(mlp.act, nn.GELU)
+        second = second and as_made(mlp.fc1, nn.Conv2d) and as_made(mlp.fc2, nn.Conv2d)
+        return first, second and mlp.act.approximate == "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._add(x, self.token_mixer(self.norm1(x)), self.layer_scale1)
-        if self.mlp is not None:
+        # What is exported consists of the operators that runtimes know.
+        first, second = self.fusable if self.fused and not torch.compiler.is_exporting() else (False, False)
+        if self.grad_checkpointing and not (first and second):
+            return checkpoint(self._forward, x, first, second)
+        return self._forward(x, first, second)
+
+    def _forward(self, x: Tensor, first: bool, second: bool) -> Tensor:
+        if first:
+            norm, pool_size = self.norm1, self.token_mixer.pool.kernel_size
+            x = pooling_half(x, norm.weight, norm.bias, self.layer_scale1, self._keep(x), pool_size, norm.eps)
+        else:
+            x = self._add(x, self.token_mixer(self.norm1(x)), self.layer_scale1)
+        if second:
+            norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+            weights = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.layer_scale2)
+            x = mlp_half(x, *weights, self._keep(x), norm.eps, recompute=self.grad_checkpointing)
+        elif self.mlp is not None:
             x = self._add(x, self.mlp(self.norm2(x)), self.layer_scale2)
         return x
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """Drop path's factor for each sample, drawn as the plain form draws it."""
+        if isinstance(self.drop_path, nn.Identity) or not self.drop_path.training:
+            return None
+        return self.drop_path(x.new_ones(x.shape[0], 1, 1, 1))
 
     def _add(self, x: Tensor, branch: Tensor, layer_scale: Tensor | None) -> Tensor:
         if layer_scale is not None:
@@ -130,13 +173,9 @@ class MetaFormerStage(nn.Module):
         self.downsample = downsample
         self.position = nn.Identity() if position is None else position
         self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.position(self.downsample(x))
-        if self.grad_checkpointing:
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        return self.blocks(self.position(self.downsample(x)))
 
 
 class MetaFormer(nn.Module):
@@ -160,6 +199,7 @@ class MetaFormer(nn.Module):
         pos_embeds: whether a learned position embedding comes before the blocks; for all stages or for each.
         num_classes: outputs of the classifier; 0 leaves it out, and the model returns (B, C) features.
         global_pool: ``"avg"``, or ``""`` to leave out the average, so that the head keeps (B, C, H, W).
+        fused: see :class:`MetaFormerBlock`; ``False`` computes the equations as they are printed.
 
     Raises:
         InputError: a per-stage argument of the wrong length, or an unknown ``global_pool``.
@@ -182,6 +222,7 @@ class MetaFormer(nn.Module):
         pos_embeds: bool | Sequence[bool] = False,
         num_classes: int = 1000,
         global_pool: str = "avg",
+        fused: bool = True,
     ):
         super().__init__()
         stages = len(depths)
@@ -215,6 +256,7 @@ class MetaFormer(nn.Module):
                     residual=residual,
                     layer_scale_init=layer_scale_init,
                     drop_path=rate,
+                    fused=fused,
                 )
                 for rate in drop_path_rates[i]
             ]
@@ -230,10 +272,15 @@ class MetaFormer(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute activations in the backward pass instead of keeping them: a block's, or a fused block's MLP's.
+
+        A fused block keeps two maps of its C channels and repeats one matrix product; a plain one keeps one and repeats
+        all of its forward pass.
+        """
         self.grad_checkpointing = enable
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            for block in stage.blocks:
+                block.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -317,6 +364,14 @@ class MetaFormer(nn.Module):
     def _check_images(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise InputError(f"images have shape {tuple(x.shape)}: expected (batch, {self.in_chans}, height, width)")
+
+
+def as_made(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` computes what its class ``kind`` says, and nobody watches it do so."""
+    watched = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if type(module) is not kind or "forward" in vars(module):
+        return False
+    return not any(getattr(module, hooks) for hooks in watched)
 
 
 def init_linear(layer: nn.Linear | nn.Conv2d) -> None:

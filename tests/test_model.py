@@ -89,7 +89,8 @@ def gradients(model: nn.Module, outputs: torch.Tensor) -> dict[str, torch.Tensor
 @pytest.mark.parametrize("oracle", ["timm", "transformers"])
 @pytest.mark.parametrize("name", POOLFORMERS)
 def test_gradients_equal_those_of_timm_and_transformers(name, oracle, dtype, tolerance, images):
-    model = randomise(model_of(name, num_classes=10)).to(dtype).train()
+    # Rounding differs in the fused form, and a float32 gradient of 36 blocks shows it (tests/test_fused.py).
+    model = randomise(model_of(name, num_classes=10, fused=dtype == torch.float64)).to(dtype).train()
     images = images[:, :, :40, :40].to(dtype)
     if oracle == "timm":
         twin, names = timm_twin(name, model), TIMM_NAMES
@@ -295,13 +296,13 @@ def test_torch_export_with_dynamic_batch_and_size(images):
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(images):
-    model = randomise(model_of("poolformer_s12", num_classes=10, drop_path_rate=0.5)).train()
+    model = randomise(model_of("poolformer_s12", num_classes=10, drop_path_rate=0.5, fused=False)).train()
     results = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         runs = []
-        hook = model.stages[2].blocks[3].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        hook = model.stages[2].blocks[3].norm1.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         torch.manual_seed(0)
         results.append({name: grad.clone() for name, grad in gradients(model, model(images)).items()})
         hook.remove()
