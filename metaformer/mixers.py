@@ -61,7 +61,7 @@ class RandomMixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(self, x)
-        return F.linear(x.flatten(2), self.weight).view_as(x)
+        return F.linear(positions_last(x), self.weight).view(x.shape)
 
 
 class SpatialFC(nn.Module):
@@ -84,7 +84,7 @@ class SpatialFC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_size(self, x)
-        return self.fc(x.flatten(2)).view_as(x)
+        return self.fc(positions_last(x)).view(x.shape)
 
 
 class Attention(nn.Module):
@@ -115,6 +115,15 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def positions_last(x: Tensor) -> Tensor:
+    """Maps (B, C, H, W) as (B, C, N), contiguous.
+
+    Always a copy: in a compiled graph group norm of channels-last maps is taken to return contiguous ones, so that
+    ``contiguous`` would be left out.
+    """
+    return x.clone(memory_format=torch.contiguous_format).flatten(2)
 
 
 def check_size(module: nn.Module, x: Tensor) -> None:

@@ -101,16 +101,16 @@ class MetaFormerBlock(nn.Module):
 
     @property
     def fusable(self) -> tuple[bool, bool]:
-        """Which halves :mod:`metaformer.fused` computes: pooling after MLN, and an MLP with GELU after MLN.
+        """Which halves :mod:`metaformer.fused` computes: pooling after MLN, then an MLP with GELU after MLN.
 
-        A module whose forward would be missed stays in charge: one of another class, or with hooks, as those that count
-        operations have.
+        The second not without the first, as it would change the layout of the maps on the way. A module whose forward
+        would be missed stays in charge: one of another class, or with hooks, as those that count operations have.
         """
         if not self.residual or _has_any_global_hook():
             return False, False
         mixer, mlp = self.token_mixer, self.mlp
         first = as_made(self.norm1, MLN) and as_made(mixer, Pooling) and as_made(mixer.pool, nn.AvgPool2d)
-        second = as_made(self.norm2, MLN) and as_made(mlp, ChannelMlp) and as_made(mlp.act, nn.GELU)
+        second = first and as_made(self.norm2, MLN) and as_made(mlp, ChannelMlp) and as_made(mlp.act, nn.GELU)
         second = second and as_made(mlp.fc1, nn.Conv2d) and as_made(mlp.fc2, nn.Conv2d)
         return first, second and mlp.act.approximate == "none"
 
