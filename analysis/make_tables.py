@@ -2,7 +2,7 @@
 
 python analysis/make_tables.py [TABLE...] [--format md,csv,tex] [--check]
 
-TABLE is one of table1 to table7, claims and cost; all of them by default. Writes analysis/tables/ and the marked
+TABLE is one of table1 to table7, claims, cost and speed; all of them by default. Writes analysis/tables/ and the marked
 sections of the README files, and prints a line for each table. --check writes nothing, and fails if anything would
 change.
 """
@@ -16,7 +16,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -26,14 +26,15 @@ from tqdm import tqdm
 from count import ROOT, cached_count
 from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import write_file
-from metaformer.variants import VARIANTS
-from records import Record, Training, read_record
+from metaformer.variants import POOLFORMERS, VARIANTS
+from records import Benchmark, Contestant, Record, Timed, Training, read_record
 
 FORMATS = ("md", "csv", "tex")
 TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\varepsilon$"}  # noqa: RUF001
 UNITS = {"params": 10**6, "frozen": 10**6, "macs": 10**9}
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 SPEED = "images/s per device"
+SETTING = "batch, size and precision"
 NOTHING = "-"
 
 Row = dict[str, Any]
@@ -164,6 +165,7 @@ class Measured:
     def __init__(self, folder: Path):
         self.by_row: dict[tuple[str, str], list[Record]] = defaultdict(list)
         self.speeds: dict[str, list[Training]] = defaultdict(list)
+        self.benchmarks: dict[str, list[Benchmark]] = defaultdict(list)
         self.problems: list[str] = []
         for path in sorted(folder.glob("*.json")):
             try:
@@ -176,6 +178,9 @@ class Measured:
         names = {key_of(row["build"]): (table, row) for table, row in reversed(list(built_rows()))}
         if record.model not in names:
             raise InputError(f"{path}: model {record.model!r} is in no table{nearest(record.model, names)}")
+        if isinstance(record, Benchmark):
+            self.benchmarks[record.model].append(record)
+            return
         table, row = names[record.model]
         expected = paper()[table]["data"]
         if expected["kind"] == "classification" and record.kind in ("classification", "training"):
@@ -448,10 +453,9 @@ def cost(measured: Measured) -> Table:
             cells = {SPEED: NOT_MEASURED, **dict.fromkeys(("device", "device-hours", "measured"), NOTHING)}
             if record:
                 speed = record.images_per_s / record.devices
-                hardware = record.hardware
                 cells = {
                     SPEED: f"{speed:.1f}",
-                    "device": hardware.gpus[0] if hardware.gpus else f"{hardware.cpu}, {hardware.cores} cores",
+                    "device": record.hardware.device,
                     "device-hours": f"{images / speed / 3600:,.0f}",
                     "measured": record.date[:10],
                 }
@@ -477,7 +481,94 @@ def total(group: tuple[str, Iterator[Row]]) -> str:
     return f"All of {table}: {'; '.join(whole) or f'{len(done)} of its {len(names)} rows are measured'}."
 
 
-MAKERS = {maker.__name__: maker for maker in (table1, table2, table3, table4, table5, table6, table7, claims, cost)}
+def speed(measured: Measured) -> Table:
+    rows = []
+    for model in dict.fromkeys([*POOLFORMERS, *measured.benchmarks]):
+        records = sorted(measured.benchmarks[model], key=lambda record: record.date)
+        rows += [row for record in records for row in speed_rows(record)] or [
+            {"model": model, "device": NOTHING, SETTING: NOTHING, "task": NOTHING, "form": NOTHING, SPEED: NOT_MEASURED}
+        ]
+    notes = [
+        "Medians of all rounds, with the least and the most. Times timm: the speed over that of timm's class, eager or "
+        "compiled, in the same round.",
+        "A training step is forward, loss and backward, without the optimiser. What is saved is kept from forward to "
+        "backward; analysis/benchmark.py says what the floor is.",
+        "Device-hours are those of 300 epochs of ImageNet-1K, the paper's training, of nothing but such steps.",
+    ]
+    return Table("speed", "Speed and memory of the forms of a model, in benchmarks on one device", rows, notes)
+
+
+def speed_rows(record: Benchmark) -> list[Row]:
+    """A row for each contestant in each task of a benchmark."""
+    settings, full = record.settings, paper()["table2"]["data"]
+    own_size = settings.size == (224, 224)
+    rows = []
+    for timed in record.tasks:
+        for contestant in timed.contestants:
+            images_per_s = [settings.batch / seconds for seconds in contestant.seconds]
+            hours = full["train_images"] * full["epochs"] / median(images_per_s) / 3600
+            saved, peak = contestant.saved_bytes_per_image, contestant.peak_bytes
+            rows.append(
+                {
+                    "model": record.model,
+                    "device": record.device,
+                    SETTING: in_short(record),
+                    "task": timed.task,
+                    "form": f"{contestant.form}, compiled" if contestant.compiled else contestant.form,
+                    SPEED: spread(images_per_s, 1),
+                    "times timm": times_timm(timed, contestant, compiled=False),
+                    "times timm, compiled": times_timm(timed, contestant, compiled=True),
+                    "saved, MB per image": NOTHING if saved is None else f"{saved / 1e6:.1f}",
+                    "peak, MB": NOTHING if peak is None else f"{peak / 1e6:,.0f}",
+                    "of the floor's speed": f"{100 * timed.floor.seconds / median(contestant.seconds):.0f} %",
+                    "device-hours": f"{hours:,.0f}" if timed.task == "training" and own_size else NOTHING,
+                    "measured": record.date[:10],
+                }
+            )
+    return rows
+
+
+def beside_timm(record: Benchmark) -> Iterator[Row]:
+    """A row for each task and mode of a benchmark that has timm's class and our fastest form for the task."""
+    form = {"inference": "folded", "training": "fused"}
+    rows = {(row["task"], row["form"]): row for row in speed_rows(record)}
+    for timed in record.tasks:
+        for mode in ("", ", compiled"):
+            ours, timm = (rows.get((timed.task, name + mode)) for name in (form[timed.task], "timm"))
+            if ours and timm:
+                yield {
+                    **{column: ours[column] for column in ("model", "device", SETTING)},
+                    "task": timed.task + mode,
+                    **{f"images/s, {name}": row[SPEED] for name, row in (("timm", timm), ("ours", ours))},
+                    "ratio, round by round": ours["times timm, compiled" if mode else "times timm"],
+                    "saved by autograd, MB per image: timm / ours": NOTHING
+                    if timed.task == "inference"
+                    else f"{timm['saved, MB per image']} / {ours['saved, MB per image']}",
+                }
+
+
+def in_short(record: Benchmark) -> str:
+    settings = record.settings
+    height, width = settings.size
+    return f"{settings.batch} x {height} x {width}, {settings.precision}, {settings.memory_format.replace('_', '-')}"
+
+
+def spread(values: list[float], digits: int) -> str:
+    low, high = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
+    return f"{median(values):,.{digits}f} ({low} to {high})"
+
+
+def times_timm(timed: Timed, contestant: Contestant, compiled: bool) -> str:
+    """The speed over timm's, round by round."""
+    timm = next((c for c in timed.contestants if c.form == "timm" and c.compiled == compiled), None)
+    if timm is None:
+        return NOTHING
+    return spread([theirs / ours for theirs, ours in zip(timm.seconds, contestant.seconds, strict=True)], 2)
+
+
+MAKERS = {
+    maker.__name__: maker for maker in (table1, table2, table3, table4, table5, table6, table7, claims, cost, speed)
+}
 
 
 # Rendering
@@ -583,6 +674,10 @@ def readme_sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[
             for row in paper()["table4"]["rows"]
         ]
         sections["segmentation/README.md", "ade20k"] = markdown(pd.DataFrame(rows))
+    if "speed" in tables:
+        records = [record for of in measured.benchmarks.values() for record in of]
+        rows = [row for record in sorted(records, key=lambda record: record.date) for row in beside_timm(record)]
+        sections["README.md", "speed"] = markdown(pd.DataFrame(rows)) if rows else "Not measured yet."
     if tables.keys() == MAKERS.keys():
         summary = "\n".join(f"- {table.summary()}" for table in tables.values())
         sections["analysis/README.md", "summary"] = summary

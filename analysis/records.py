@@ -1,4 +1,4 @@
-"""Result records: what validate.py, train.py and the toolboxes' runs measured, checked and collected.
+"""Result records: what validate.py, train.py, benchmark.py and the toolboxes' runs measured, checked and collected.
 
 python analysis/records.py RECORD_OR_RUN_OR_WORK_DIR...
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import write_json
@@ -25,6 +25,7 @@ NAMES = ("run.json", "validation.json", "result.json", "training.json")
 
 Positive = Annotated[int, Field(ge=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
@@ -35,6 +36,15 @@ class Hardware(Part):
     cpu: str
     cores: Positive
     gpus: list[str]
+
+    @property
+    def processor(self) -> str:
+        return f"{self.cpu}, {self.cores} cores"
+
+    @property
+    def device(self) -> str:
+        """What training runs on."""
+        return self.gpus[0] if self.gpus else self.processor
 
 
 class Provenance(Part):
@@ -126,7 +136,66 @@ class Training(Part):
         return self.starts[-1].hardware
 
 
-Record = Classification | Detection | Segmentation | Training
+class BenchmarkSettings(Part):
+    batch: Positive
+    size: tuple[Positive, Positive]
+    precision: str
+    memory_format: str
+    device: Literal["cpu", "cuda"]
+    rounds: Positive
+    seed: int
+
+
+class Rates(Part):
+    """What the machine does at most: large matrix products and large copies."""
+
+    macs_per_s: Amount
+    bytes_per_s: Amount
+
+
+class Floor(Part):
+    """Of a batch."""
+
+    macs: Positive
+    bytes: Positive
+    seconds: Amount
+
+
+class Contestant(Part):
+    form: str
+    compiled: bool
+    seconds: Annotated[list[Amount], Field(min_length=1)]
+    """Of a call on the batch, in each round."""
+    saved_bytes_per_image: Amount | None
+    peak_bytes: Positive | None
+
+
+class Timed(Part):
+    task: Literal["inference", "training"]
+    floor: Floor
+    contestants: Annotated[list[Contestant], Field(min_length=1)]
+
+    @field_validator("contestants")
+    @classmethod
+    def _took_turns(cls, contestants: list[Contestant]) -> list[Contestant]:
+        if len({len(contestant.seconds) for contestant in contestants}) > 1:
+            raise ValueError("not all have as many rounds")
+        return contestants
+
+
+class Benchmark(Provenance):
+    kind: Literal["benchmark"]
+    model: str
+    settings: BenchmarkSettings
+    rates: Rates
+    tasks: Annotated[list[Timed], Field(min_length=1)]
+
+    @property
+    def device(self) -> str:
+        return self.hardware.device if self.settings.device == "cuda" else self.hardware.processor
+
+
+Record = Classification | Detection | Segmentation | Training | Benchmark
 SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
