@@ -81,11 +81,11 @@ def mlp_half(
     """
     x = channels_last(x.to(torch.promote_types(x.dtype, gamma.dtype)))
     dtype = product_dtype(x)
-    w1, w2 = w1.flatten(1), w2.flatten(1)
     with without_autocast(x):
         if torch.is_grad_enabled():
             return MlpHalf.apply(x, gamma, beta, w1, b1, w2, b2, layer_scale, keep, eps, recompute, dtype)
-        return add_mlp(x, *folded(w1, b1, gamma, beta), w2, b2, factor(layer_scale, keep), eps, dtype)
+        weight, bias = folded(w1.flatten(1), b1, gamma, beta)
+        return add_mlp(x, weight, bias, w2.flatten(1), b2, factor(layer_scale, keep), eps, dtype)
 
 
 def mix(x: Tensor, factor: Tensor, rstd: Tensor, pool_size: int) -> Tensor:
@@ -160,9 +160,9 @@ class MlpHalf(Function):
         dtype: torch.dtype,
     ) -> Tensor:
         normalised, found = statistics(x, eps)
-        weight, bias = folded(w1, b1, gamma, beta)
+        weight, bias = folded(w1.flatten(1), b1, gamma, beta)
         hidden = pointwise(normalised.to(dtype), weight.to(dtype), bias.to(dtype))
-        branch = pointwise(F.gelu(hidden), w2.to(dtype), b2.to(dtype))
+        branch = pointwise(F.gelu(hidden), w2.flatten(1).to(dtype), b2.to(dtype))
         kept = None if recompute else hidden
         ctx.save_for_backward(x, gamma, beta, w1, b1, w2, b2, layer_scale, keep, kept, *found)
         ctx.dtype = dtype
@@ -171,8 +171,8 @@ class MlpHalf(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, w1, b1, w2, b2, layer_scale, keep, hidden, *found = ctx.saved_tensors
-        dtype = ctx.dtype
+        x, gamma, beta, weight1, b1, weight2, b2, layer_scale, keep, hidden, *found = ctx.saved_tensors
+        w1, w2, dtype = weight1.flatten(1), weight2.flatten(1), ctx.dtype
         with without_autocast(x):
             grad = channels_last(grad)
             normalised = normalise(x, Statistics(*found)).to(dtype)
@@ -196,6 +196,7 @@ class MlpHalf(Function):
             d_w1 = torch.addcmul(d_b1[:, None] * beta, by_normalised, gamma)
             d_gamma, d_beta = (by_normalised * w1).sum(0), d_b1 @ w1
             d_x = statistics_backward(pointwise(d_hidden, weight.to(dtype).t()), x, Statistics(*found))
+            d_w1, d_w2 = of_convolution(d_w1, weight1), of_convolution(d_w2, weight2)
             return grad + d_x, d_gamma, d_beta, d_w1, d_b1, d_w2, d_b2, d_scale, None, None, None, None
 
 
@@ -216,6 +217,11 @@ def statistics_backward(grad: Tensor, x: Tensor, found: Statistics) -> Tensor:
 
 def normalise(x: Tensor, found: Statistics) -> Tensor:
     return maps((samples(x) - found.mean) * found.rstd, x)
+
+
+def of_convolution(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient (K, C) of a weight (K, C, 1, 1), with the weight's strides, as DistributedDataParallel wants it."""
+    return grad.as_strided(weight.shape, (*grad.stride(), *weight.stride()[2:]))
 
 
 def folded(w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
