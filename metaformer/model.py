@@ -110,8 +110,9 @@ class MetaFormerBlock(nn.Module):
             return False, False
         mixer, mlp = self.token_mixer, self.mlp
         first = as_made(self.norm1, MLN) and as_made(mixer, Pooling) and as_made(mixer.pool, nn.AvgPool2d)
+        first = first and not mixer.pool.count_include_pad
         second = first and as_made(self.norm2, MLN) and as_made(mlp, ChannelMlp) and as_made(mlp.act, nn.GELU)
-        second = second and as_made(mlp.fc1, nn.Conv2d) and as_made(mlp.fc2, nn.Conv2d)
+        second = second and all(as_made(fc, nn.Conv2d) and fc.kernel_size == (1, 1) for fc in (mlp.fc1, mlp.fc2))
         return first, second and mlp.act.approximate == "none"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -185,6 +185,17 @@ def replacing(block: MetaFormerBlock, calls: list) -> None:
     block.token_mixer = Mine(8)
 
 
+def test_pooling_that_counts_its_border_is_computed_as_it_is():
+    fused, plain = pair()
+    images = drawn(1, 3, 64, 64)
+    before = trained(fused, images)[0]
+    for model in (fused, plain):
+        model.stages[0].blocks[0].token_mixer.pool.count_include_pad = True
+    logits = trained(fused, images)[0]
+    assert relative_error(logits, trained(plain, images)[0]) < 1e-12
+    assert relative_error(logits, before) > 1e-6
+
+
 @pytest.mark.parametrize("change", [watching, computing, replacing])
 def test_a_changed_mixer_is_the_one_that_runs(change):
     fused, _ = pair()
