@@ -29,6 +29,10 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+CACHED = 2**24
+"""Bytes of the MLP's hidden channels that a CPU trains on at once: they stay in its cache, and below the 32 MiB from
+which the C library asks the kernel for every buffer anew, page by page."""
+
 
 class Statistics(NamedTuple):
     """Mean and 1 / standard deviation of each sample, (B, 1) each."""
@@ -83,7 +87,15 @@ def mlp_half(
     dtype = product_dtype(x)
     with without_autocast(x):
         if torch.is_grad_enabled():
-            return MlpHalf.apply(x, gamma, beta, w1, b1, w2, b2, layer_scale, keep, eps, recompute, dtype)
+            count = samples_at_once(x, len(w1))
+            parts = x.split(count)
+            keeps = [None] * len(parts) if keep is None else keep.split(count)
+            arguments = (gamma, beta, w1, b1, w2, b2, layer_scale)
+            done = [
+                MlpHalf.apply(part, *arguments, kept, eps, recompute, dtype)
+                for part, kept in zip(parts, keeps, strict=True)
+            ]
+            return done[0] if len(done) == 1 else torch.cat(done)
         weight, bias = folded(w1.flatten(1), b1, gamma, beta)
         return add_mlp(x, weight, bias, w2.flatten(1), b2, factor(layer_scale, keep), eps, dtype)
 
@@ -182,7 +194,6 @@ class MlpHalf(Function):
 
             kept = grad if keep is None else keep * grad
             scaled = kept if layer_scale is None else factor(layer_scale) * kept
-            d_hidden = pointwise(scaled.to(dtype), w2.to(dtype).t())
             d_w2 = (rows(kept.to(dtype)).t() @ rows(F.gelu(hidden))).to(w2.dtype)
             d_b2 = rows(kept).sum(0)
             d_scale = None
@@ -190,7 +201,8 @@ class MlpHalf(Function):
                 d_scale = (d_w2 * w2).sum(1) + d_b2 * b2
                 d_w2, d_b2 = layer_scale[:, None] * d_w2, layer_scale * d_b2
 
-            d_hidden = torch.ops.aten.gelu_backward(d_hidden, hidden)
+            d_hidden = pointwise(scaled.to(dtype), w2.to(dtype).t())
+            torch.ops.aten.gelu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
             d_b1 = rows(d_hidden).sum(0, dtype=b1.dtype)
             by_normalised = (rows(d_hidden).t() @ rows(normalised)).to(w1.dtype)
             d_w1 = torch.addcmul(d_b1[:, None] * beta, by_normalised, gamma)
@@ -266,6 +278,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool 
     else:
         product = maps(F.linear(rows(x), weight, bias), x)
     return F.gelu(product) if gelu else product
+
+
+def samples_at_once(x: Tensor, channels: int) -> int:
+    """How many samples of maps (B, C, H, W) the MLP half takes at once, where its hidden maps have ``channels``."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return len(x)
+    sample = channels * x.shape[2] * x.shape[3] * x.element_size()
+    return max(1, min(len(x), CACHED // sample))
 
 
 def channels_last(x: Tensor) -> Tensor:

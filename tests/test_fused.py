@@ -101,6 +101,21 @@ def test_the_same_function_and_gradients(arguments, layout):
         assert relative_error(fused.eval()(images), plain.eval()(images)) < 1e-12
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_mlp_in_parts_of_the_batch_is_the_same_function(samples, monkeypatch):
+    fused, plain = pair(drop_path_rate=0.5)
+    images = drawn(3, 3, 64, 64)
+    expected, expected_gradients = trained(plain, images)
+    taken = []
+    monkeypatch.setattr(metaformer.fused, "CACHED", samples * 8 * 32 * 16 * 16)  # of stage 1's hidden maps
+    statistics = metaformer.fused.statistics
+    monkeypatch.setattr(metaformer.fused, "statistics", lambda x, eps: taken.append(len(x)) or statistics(x, eps))
+    logits, gradients = trained(fused, images)
+    assert samples in taken
+    assert relative_error(logits, expected) < 1e-12
+    assert worst(gradients, expected_gradients) < 1e-9
+
+
 def test_the_bias_of_the_first_norm_has_no_effect():
     fused, plain = pair()
     images = drawn(2, 3, 64, 64)
