@@ -2,7 +2,7 @@
 
 python analysis/make_figures.py [FIGURE...] [--runs FOLDER...] [--out FOLDER]
 
-FIGURE is one of fig1b, fig3, ablation and curves; all but curves by default. curves draws the run folders of
+FIGURE is one of fig1b, fig3, ablation, proxy and curves; all but curves by default. curves draws the run folders of
 classification/ and the work dirs of mmdet and mmseg that --runs names. PNG and SVG go to analysis/figures/.
 """
 
@@ -19,8 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from make_tables import ROOT, counted_value, paper
+from make_tables import ROOT, Measured, counted_value, paper
 from metaformer.errors import InputError, nearest, run_command
+from proxy import ROWS
 
 FIGURES = ROOT / "analysis/figures"
 COLOURS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#E69F00")
@@ -105,6 +106,39 @@ def ablation() -> Figure:
     return figure
 
 
+def proxy() -> Figure:
+    """Differences from the baseline's top-1 in the small studies, with 95 % intervals, beside the paper's."""
+    studies = sorted(Measured(ROOT / "analysis/results").studies.items())
+    if not studies:
+        raise InputError("there are no records of a study in analysis/results/: run classification/ablate.sh")
+    printed = {row["build"]: row["top1"] for row in paper()["table5"]["rows"]}
+    rows = [row for row in ROWS if row != "baseline" and any(row in results.top1 for _, results in studies)]
+    figure, axes = plt.subplots(figsize=(6.8, 1.2 + 0.32 * len(rows)))
+    for i, (name, results) in enumerate(studies):
+        found = {y: results.combination({row: 1, "baseline": -1}) for y, row in enumerate(rows)}
+        found = {y: interval for y, interval in found.items() if interval}
+        values = [interval.value for interval in found.values()]
+        bars = [[of.value - of.low for of in found.values()], [of.high - of.value for of in found.values()]]
+        places = [y + 0.18 * (i + 1) for y in found]
+        colour = COLOURS[(i + 1) % len(COLOURS)]
+        axes.errorbar(values, places, xerr=bars, fmt="o", color=colour, markersize=4, label=f"{name}, 95 % interval")
+    of_paper = {y: ROWS[row]["model"] for y, row in enumerate(rows) if ROWS[row].keys() == {"model"}}
+    of_paper = {y: printed[build] - printed["poolformer_s12"] for y, build in of_paper.items() if build in printed}
+    axes.plot(
+        of_paper.values(), of_paper.keys(), "D", color="black", markerfacecolor="none", label="paper, ImageNet-1K"
+    )
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes.set_xscale("symlog", linthresh=3)
+    axes.xaxis.set_major_locator(FixedLocator([-80, -40, -20, -10, -5, -2, 0, 2, 5, 10]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("top-1 minus the baseline's, points (linear to 3, then logarithmic)")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def curves(runs: list[Path]) -> Figure:
     """Training loss and accuracy of runs of one kind over their progress."""
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9.6, 3.8))
@@ -157,7 +191,7 @@ def label(axes: Axes, text: str, point: tuple[float, float], colour: str, below:
     axes.annotate(text, point, offset, textcoords="offset points", ha=side, fontsize=7, color=colour)
 
 
-MAKERS: dict[str, Callable[[], Figure]] = {maker.__name__: maker for maker in (fig1b, fig3, ablation)}
+MAKERS: dict[str, Callable[[], Figure]] = {maker.__name__: maker for maker in (fig1b, fig3, ablation, proxy)}
 
 
 def save(figure: Figure, stem: str, out: Path) -> None:

@@ -2,9 +2,9 @@
 
 python analysis/make_tables.py [TABLE...] [--format md,csv,tex] [--check]
 
-TABLE is one of table1 to table7, claims, cost and speed; all of them by default. Writes analysis/tables/ and the marked
-sections of the README files, and prints a line for each table. --check writes nothing, and fails if anything would
-change.
+TABLE is one of table1 to table7, claims, cost, speed, loader, proxy and conclusions; all of them by default. Writes
+analysis/tables/ and the marked sections of the README files, and prints a line for each table. --check writes nothing,
+and fails if anything would change.
 """
 
 import argparse
@@ -27,13 +27,15 @@ from count import ROOT, cached_count
 from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import write_file
 from metaformer.variants import POOLFORMERS, VARIANTS
-from records import Benchmark, Contestant, Record, Timed, Training, read_record
+from proxy import ROWS, Interval, Results, statements
+from records import Benchmark, Contestant, Loading, Record, Spread, Timed, Training, read_record
 
 FORMATS = ("md", "csv", "tex")
 TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\varepsilon$"}  # noqa: RUF001
 UNITS = {"params": 10**6, "frozen": 10**6, "macs": 10**9}
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 SPEED = "images/s per device"
+TOP1 = "top-1 in the study, %"
 SETTING = "batch, size and precision"
 NOTHING = "-"
 
@@ -41,7 +43,8 @@ Row = dict[str, Any]
 
 
 class Verdict(NamedTuple):
-    """Of a computed cell: equal, explained, unexplained or not built. Of a claim: true or false."""
+    """Of a computed cell: equal, explained, unexplained or not built. Of a claim: true or false. Of a statement: holds,
+    fails, undecided or not run."""
 
     kind: str
     text: str = ""
@@ -65,13 +68,14 @@ class Table(NamedTuple):
         cells = [cell for row in self.rows for cell in row.values()]
         verdicts = Counter(cell.kind for cell in cells if isinstance(cell, Verdict))
         accuracies = [cell.here for cell in cells if isinstance(cell, Pair) and cell.paper != NOTHING]
-        speeds = [row[SPEED] for row in self.rows if SPEED in row]
-        not_run = accuracies.count(NOT_RUN) + speeds.count(NOT_MEASURED)
+        speeds = [row[column] for row in self.rows for column in (SPEED, TOP1) if column in row]
+        not_run = accuracies.count(NOT_RUN) + speeds.count(NOT_MEASURED) + speeds.count(NOT_RUN)
         parts = [f"{len(self.rows)} rows"]
         if computed := sum(verdicts[kind] for kind in ("equal", "explained", "unexplained")):
             detail = ", ".join(f"{verdicts[kind]} {kind}" for kind in ("equal", "explained", "unexplained"))
             parts.append(f"{computed} cells computed ({detail})")
-        parts += [f"{verdicts[kind]} {kind}" for kind in ("not built", "true", "false") if verdicts[kind]]
+        others = ("not built", "true", "false", "holds", "fails", "undecided", "not run")
+        parts += [f"{verdicts[kind]} {kind}" for kind in others if verdicts[kind]]
         if accuracies or speeds:
             parts.append(f"{len(accuracies) + len(speeds) - not_run} measured, {not_run} {NOT_RUN}")
         return f"{self.name}: {'; '.join(parts)}"
@@ -166,10 +170,24 @@ class Measured:
         self.by_row: dict[tuple[str, str], list[Record]] = defaultdict(list)
         self.speeds: dict[str, list[Training]] = defaultdict(list)
         self.benchmarks: dict[str, list[Benchmark]] = defaultdict(list)
+        self.loaders: list[Loading] = []
+        self.studies: dict[str, Results] = {}
         self.problems: list[str] = []
-        for path in sorted(folder.glob("*.json")):
+        of_studies: dict[str, list[Training]] = defaultdict(list)
+        for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*/*.json")):
             try:
-                self._place(path, read_record(path))
+                record = read_record(path)
+                if isinstance(record, Loading):
+                    self.loaders.append(record)
+                elif isinstance(record, Training) and record.settings.study:
+                    of_studies[record.settings.study].append(record)
+                else:
+                    self._place(path, record)
+            except InputError as error:
+                self.problems.append(str(error))
+        for name, records in of_studies.items():
+            try:
+                self.studies[name] = Results(name, records)
             except InputError as error:
                 self.problems.append(str(error))
 
@@ -566,8 +584,144 @@ def times_timm(timed: Timed, contestant: Contestant, compiled: bool) -> str:
     return spread([theirs / ours for theirs, ours in zip(timm.seconds, contestant.seconds, strict=True)], 2)
 
 
+def loader(measured: Measured) -> Table:
+    rows = [
+        {
+            "decoder": name,
+            "pictures": f"{record.data.mean_width:.0f} x {record.data.mean_height:.0f}, "
+            f"{record.data.mean_bytes / 1000:.0f} kB on average, to {record.settings.img_size} px",
+            "processor": record.hardware.processor,
+            "workers": str(record.workers),
+            "decoding alone, images/s": in_spread(of.decode_images_per_s, 0),
+            "whole loader, images/s per worker": in_spread(of.loader_images_per_s_per_worker, 0),
+            "times Pillow": in_spread(of.loader_relative_to_pillow, 2),
+            "workers for": f"{record.consume_images_per_s:,g} images/s: {of.workers_needed}"
+            if record.consume_images_per_s
+            else NOTHING,
+            "measured": record.date[:10],
+        }
+        for record in sorted(measured.loaders, key=lambda record: record.date)
+        for name, of in record.decoders.items()
+    ]
+    notes = [
+        "The training loader with the paper's augmentation, on JPEGs from the file cache; medians of rounds in which "
+        "the decoders take turns, with the least and the most. Training decodes with Pillow.",
+        "What a GPU takes is images/s in speed.md, or in the run.json of a run; analysis/loader.py --consume divides.",
+    ]
+    return Table("loader", "What the training loader delivers", rows, notes)
+
+
+def in_spread(of: Spread, digits: int) -> str:
+    median, low, high = (f"{value:,.{digits}f}" for value in (of.median, of.min, of.max))
+    return f"{median} ({low} to {high})"
+
+
+def proxy(measured: Measured) -> Table:
+    rows, notes = [], []
+    for name, results in studies(measured):
+        rows += [study_row(name, row, results) for row in ROWS if row in {*results.study.rows, *results.top1}]
+        notes += study_notes(name, results)
+    notes.append(
+        "Top-1 of the last epoch: means with 95 % intervals over the seeds, and differences from the baseline with "
+        "theirs (Welch). analysis/proxy.py has the formulas; a run that diverged counts as guessing."
+    )
+    return Table("proxy", "The ablation at a small scale", rows, notes)
+
+
+def studies(measured: Measured) -> Iterator[tuple[str, Results]]:
+    yield from sorted(measured.studies.items())
+
+
+def study_row(name: str, row: str, results: Results) -> Row:
+    paper_rows = {of["build"]: of for of in paper()["table5"]["rows"]}
+    printed = paper_rows.get(ROWS[row]["model"]) if ROWS[row].keys() == {"model"} else None
+    baseline = paper_rows[ROWS["baseline"]["model"]]
+    values = list(results.top1.get(row, {}).values())
+    own = results.combination({row: 1})
+    difference = results.combination({row: 1, "baseline": -1}) if row != "baseline" else None
+    shown = f"{own.value:.1f} ± {own.high - own.value:.1f}" if own else f"{mean(values):.1f}" if values else NOT_RUN
+    diverged = results.diverged.get(row, 0)
+    return {
+        "study": name,
+        "row": row,
+        "variant": printed["variant"] if printed else OWN_ROWS[row],
+        "top-1 in the paper, %": str(printed["top1"]) if printed else NOTHING,
+        "difference in the paper": NOTHING
+        if not printed or row == "baseline"
+        else f"{rounded(Decimal(str(printed['top1'])) - Decimal(str(baseline['top1'])), 1):+}",
+        "runs": str(len(values)) + (f", {diverged} diverged" if diverged else ""),
+        TOP1: shown,
+        "difference in the study": str(difference) if difference else NOTHING,
+    }
+
+
+OWN_ROWS = {
+    "nolayerscale": "LayerScale → none",
+    "unsubtracted": "pool(x) - x → pool(x)",
+    "border": "border not counted → counted",
+    "timmhead": "norm, average → average, norm (timm)",
+    "nodroppath": "drop path → none",
+}
+"""Rows of ablate.py that are not in the paper's table."""
+
+
+def study_notes(name: str, results: Results) -> Iterator[str]:
+    study, records = results.study, results.records
+    yield f"{name}: {study.title}. {study.note}"
+    run = {(record.settings.row, record.seed) for record in records}
+    planned = len(study.rows) * len(study.seeds)
+    hardware = ", ".join(dict.fromkeys(record.hardware.device for record in records))
+    hours = sum(record.wall_s or 0 for record in records) / 3600
+    yield (
+        f"{name}: {len(run)} runs of the {planned} planned, {hours:.1f} hours of runs in all, on {hardware}"
+        + ("" if len(run) >= planned else "; partial")
+        + "."
+    )
+    by_build = {of["model"]: row for row, of in ROWS.items() if of.keys() == {"model"}}
+    top1_of = {by_build[of["build"]]: of["top1"] for of in paper()["table5"]["rows"]}
+    number, r = results.rank_correlation(top1_of)
+    if r:
+        interval = f"95 % interval {r.low:.2f} to {r.high:.2f}" if r.low < r.high else "no interval, as it is perfect"
+        yield f"{name}: Spearman's rank correlation with the paper over {number} rows: {r.value:.2f} ({interval})."
+
+
+def conclusions(measured: Measured) -> Table:
+    rows = []
+    for name, results in studies(measured):
+        for origin, of in (("the paper", "conclusions"), ("users", "questions")):
+            for statement in statements()[of]:
+                verdict, sums = results.judge(statement["tests"])
+                rows.append(
+                    {
+                        "study": name,
+                        "of": origin,
+                        "statement": statement["text"],
+                        "verdict": Verdict(verdict),
+                        "tested": "; ".join(map(in_signs, statement["tests"], sums)),
+                    }
+                )
+    notes = [
+        "Statements and tests are in analysis/statements.yaml, fixed before the studies were run: each sum must be "
+        "above 0. One fails where the 95 % interval of a sum is below 0, and is undecided where one has 0 in it.",
+        "A verdict is about the study's task and scale; it does not show the paper wrong or right on ImageNet.",
+    ]
+    return Table("conclusions", "The conclusions of section 4.4 at a small scale", rows, notes)
+
+
+def in_signs(weights: dict[str, float], value: Interval | None) -> str:
+    terms = " ".join(
+        f"{'-' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):g} '}{name}"
+        for name, weight in weights.items()
+    )
+    return f"{terms.removeprefix('+ ')}: {value or NOT_RUN}"
+
+
 MAKERS = {
-    maker.__name__: maker for maker in (table1, table2, table3, table4, table5, table6, table7, claims, cost, speed)
+    maker.__name__: maker
+    for maker in (
+        *(table1, table2, table3, table4, table5, table6, table7),
+        *(claims, cost, speed, loader, proxy, conclusions),
+    )
 }
 
 
@@ -678,10 +832,20 @@ def readme_sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[
         records = [record for of in measured.benchmarks.values() for record in of]
         rows = [row for record in sorted(records, key=lambda record: record.date) for row in beside_timm(record)]
         sections["README.md", "speed"] = markdown(pd.DataFrame(rows)) if rows else "Not measured yet."
+    if "conclusions" in tables:
+        sections["README.md", "conclusions"] = verdicts(tables["conclusions"])
     if tables.keys() == MAKERS.keys():
         summary = "\n".join(f"- {table.summary()}" for table in tables.values())
         sections["analysis/README.md", "summary"] = summary
     return sections
+
+
+def verdicts(table: Table) -> str:
+    """A row for each statement, a column for each study."""
+    rows: dict[str, Row] = {}
+    for row in table.rows:
+        rows.setdefault(row["statement"], {"at this scale": row["statement"]})[row["study"]] = row["verdict"].kind
+    return markdown(pd.DataFrame(rows.values()).fillna(NOT_RUN)) if rows else "Not run yet."
 
 
 def with_section(text: str, name: str, content: str, path: Path) -> str:

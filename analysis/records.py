@@ -1,10 +1,11 @@
-"""Result records: what validate.py, train.py, benchmark.py and the toolboxes' runs measured, checked and collected.
+"""Result records: what train.py, validate.py, benchmark.py, loader.py and the toolboxes measured, checked, collected.
 
 python analysis/records.py RECORD_OR_RUN_OR_WORK_DIR...
 
 copies the records of these files and folders to analysis/results/, where the tables find them: record files, run
-folders of classification/ (run.json, validation.json) and work dirs of mmdet and mmseg (result.json, training.json in
-the folders of their logs). Absolute paths are cut to their last part.
+folders of classification/ (run.json, validation.json), outputs of ablate.sh (the run.json of each run that is done) and
+work dirs of mmdet and mmseg (result.json, training.json in the folders of their logs). Absolute paths are cut to their
+last part.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import write_json
@@ -117,15 +118,42 @@ class Segmentation(OfToolbox):
     kind: Literal["segmentation"]
 
 
+class TrainingSettings(Part):
+    study: str | None = None
+    row: str | None = None
+
+
+class Epoch(Part):
+    top1: Percent
+
+
 class Training(Part):
     kind: Literal["training"]
+    status: Literal["running", "stopped", "finished", "failed", "diverged"] = "finished"
+    error: str | None = None
     model: str
     data: Data
     devices: Positive
-    images_per_s: Annotated[float, Field(gt=0)]
+    images_per_s: Amount | None
+    wall_s: Amount | None = None
     seed: int | None
     starts: Annotated[list[Provenance], Field(min_length=1)]
-    settings: Part
+    settings: TrainingSettings
+    curve: list[Epoch] = []
+    """By epoch."""
+
+    @model_validator(mode="after")
+    def _has_its_result(self) -> "Training":
+        study = self.settings.study is not None
+        if self.status == "failed" or (self.status == "diverged" and not study):
+            raise ValueError(f"the run {self.status}: {self.error}")
+        if study and self.status not in ("finished", "diverged"):
+            raise ValueError(f"a run of a study counts when it is done, and this one is {self.status}")
+        if study and self.seed is None:
+            raise ValueError("a run of a study has a seed")
+        if self.status != "diverged" and (self.images_per_s is None or (study and not self.curve)):
+            raise ValueError("the run has not finished an epoch")
+        return self
 
     @property
     def date(self) -> str:
@@ -195,7 +223,41 @@ class Benchmark(Provenance):
         return self.hardware.device if self.settings.device == "cuda" else self.hardware.processor
 
 
-Record = Classification | Detection | Segmentation | Training | Benchmark
+class Spread(Part):
+    median: Amount
+    min: Amount
+    max: Amount
+
+
+class Decoder(Part):
+    decode_images_per_s: Spread
+    loader_images_per_s_per_worker: Spread
+    loader_relative_to_pillow: Spread
+    workers_needed: Positive | None
+
+
+class Pictures(Data):
+    mean_width: Amount
+    mean_height: Amount
+    mean_bytes: Amount
+
+
+class Loading(Provenance):
+    kind: Literal["loader"]
+    data: Pictures
+    workers: Positive
+    rounds: Positive
+    consume_images_per_s: Amount | None
+    decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
+    settings: ClassificationSettings
+
+    @property
+    def model(self) -> str:
+        """A loader has none; what its file is called by."""
+        return "jpeg"
+
+
+Record = Classification | Detection | Segmentation | Training | Benchmark | Loading
 SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
@@ -233,6 +295,8 @@ def sources(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     found = [file for name in NAMES for file in sorted(path.glob(name)) + sorted(path.glob(f"*/{name}"))]
+    if (path / "recipe.yaml").is_file():  # a study's, where other runs may still be under way
+        found = [file for file in found if load(file).get("status") in ("finished", "diverged")]
     if not found:
         raise InputError(f"there are no records in {path}: give a record file, a run folder or a work dir with a test")
     return found
@@ -255,16 +319,18 @@ def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
     for path in (file for given in paths for file in sources(given)):
         record = load(path)
         parsed = parse(record, path)
-        if isinstance(parsed, Training) and record.get("status", "finished") == "failed":
-            raise InputError(f"{path} is the record of a run that failed: {record.get('error')}")
         record = without_machine_paths(record)
+        if isinstance(parsed, Training) and parsed.settings.study:
+            # By what it is, so that a run cannot be counted twice.
+            checked[results / parsed.settings.study / f"{parsed.settings.row}-{parsed.seed}.json"] = record
+            continue
         # The digest tells apart what was started in the same second.
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
         time = re.sub("[^0-9T]", "", parsed.date[:19])
         name = re.sub(r"[^\w.-]", "-", f"{parsed.kind}-{parsed.model}-{time}-{digest}.json")
         checked[results / name] = record
-    results.mkdir(exist_ok=True)
     for target, record in checked.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, record)
     return list(checked)
 

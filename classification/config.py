@@ -96,6 +96,8 @@ class Config(BaseModel):
     output: str | None = None  # null: runs/NAME-DATE
     resume: bool = False  # continue the run in output, if there is one
     log_interval: Positive = 10  # optimizer steps between two entries in the log
+    study: str | None = None  # of ablate.py: the study and the row of it that the run belongs to
+    row: str | None = None
     expected_top1: float | None = None  # the paper's figure on ImageNet-1K, shown beside the one reached there
 
 
@@ -126,18 +128,23 @@ def read_yaml(path: Path, may_have_base: bool = True) -> dict[str, Any]:
         raise InputError(
             f"there is no config {path}: give a YAML file, one of {CONFIGS}/ ({shipped}), or a run's folder"
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}: a config is a list of lines `key: value`")
+    values = read_yaml_mapping(path)
     if "base" in values:
         if not may_have_base:
             raise InputError(f"{path} is the base of another config and has a base itself: one level is the limit")
         values = {**read_yaml(path.parent / values.pop("base"), may_have_base=False), **values}
     for key in values:
         check_key(str(key), str(path))
+    return values
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}: a config is a list of lines `key: value`")
     return values
 
 

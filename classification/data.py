@@ -132,7 +132,7 @@ def check_folder(root: str | None, split: str) -> None:
             "no data given: use data_dir=PATH, a folder with train/ and val/, each with a folder per class"
         )
     if not Path(root).is_dir():
-        raise InputError(f"there is no data folder {root}: use data_dir=PATH")
+        raise InputError(f"there is no data folder {root}: give data_dir the path of one")
     names = next((group for group in SYNONYMS.values() if split in group), (split,))
     folder = next((Path(root, name) for name in names if Path(root, name).exists()), None)
     if folder is None:

@@ -68,24 +68,44 @@ def submit(arguments: list[str]) -> submitit.Job:
     parser.add_argument("--time", type=int, default=4320, help="minutes")
     parser.add_argument("--logs", default="runs/slurm", help="folder of the job's own output")
     options, training = parser.parse_known_args(arguments)
-    if options.cluster == "slurm" and not shutil.which("sbatch"):
-        raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node, or --cluster local")
     if options.cluster == "local" and options.nodes > 1:
         raise InputError("--cluster local has one node: leave out --nodes")
     if not any(argument.removeprefix("--").startswith("output=") for argument in training):
         training.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # queued again, it must find its folder
-    executor = submitit.AutoExecutor(folder=options.logs, cluster=options.cluster)
-    executor.update_parameters(name="metaformer", timeout_min=options.time, tasks_per_node=1)
-    if options.cluster == "slurm":
+    executor = make_executor(
+        options.cluster,
+        options.logs,
+        options.partition,
+        nodes=options.nodes,
+        gpus=options.gpus,
+        cpus_per_gpu=options.cpus_per_gpu,
+        time=options.time,
+    )
+    return executor.submit(TrainingJob([*training, "--resume"], options.gpus))
+
+
+def make_executor(
+    cluster: str, logs: str, partition: str | None, *, nodes: int, gpus: int, cpus_per_gpu: int, time: int
+) -> submitit.AutoExecutor:
+    """Of a :class:`TrainingJob`; ``gpus`` are those of each node, ``time`` is in minutes.
+
+    Raises:
+        InputError: no Slurm on this machine.
+    """
+    if cluster == "slurm" and not shutil.which("sbatch"):
+        raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node, or --cluster local")
+    executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
+    executor.update_parameters(name="metaformer", timeout_min=time, tasks_per_node=1)
+    if cluster == "slurm":
         executor.update_parameters(
-            nodes=options.nodes,
-            gpus_per_node=options.gpus,
-            cpus_per_task=options.cpus_per_gpu * options.gpus,
-            slurm_partition=options.partition,
+            nodes=nodes,
+            gpus_per_node=gpus,
+            cpus_per_task=cpus_per_gpu * gpus,
+            slurm_partition=partition,
             slurm_signal_delay_s=120,
             slurm_additional_parameters={"requeue": True},
         )
-    return executor.submit(TrainingJob([*training, "--resume"], options.gpus))
+    return executor
 
 
 def main() -> None:

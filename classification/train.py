@@ -44,6 +44,10 @@ MAY_CHANGE = {"output", "resume", "workers", "log_interval", "data_dir", "expect
 """Settings that may differ when a run continues: they leave what it computes as it is."""
 
 
+class Diverged(InputError):
+    """A loss was not finite: of a study a result, of a run of its own a setting to mend."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop."""
 
@@ -272,7 +276,7 @@ class Trainer:
             )
             return 128 + self.stop.received
         except Exception as error:
-            self.write_record("failed", str(error))
+            self.write_record("diverged" if isinstance(error, Diverged) else "failed", str(error))
             raise
         finally:
             shut_down(self.train_loader, self.val_loader)
@@ -358,12 +362,12 @@ class Trainer:
         self.loss_sum.fill_(total.item() if self.processes.is_main else 0)
         bad_step = self.processes.max(int(self.bad_step))
         if bad_step >= 0:
-            self.refuse(f"the loss was not finite at epoch {self.epoch + 1}, step {bad_step + 1}")
+            self.diverge(f"the loss was not finite at epoch {self.epoch + 1}, step {bad_step + 1}")
 
-    def refuse(self, problem: str) -> None:
+    def diverge(self, problem: str) -> None:
         kept = self.output / "last.pt"
         kept_text = f"the last good checkpoint is {kept}" if kept.is_file() else "there was no checkpoint yet"
-        raise InputError(f"{problem}; {kept_text}; try a lower lr=, clip_grad=1 or precision=float32")
+        raise Diverged(f"{problem}; {kept_text}; try a lower lr=, clip_grad=1 or precision=float32")
 
     def evaluation(self) -> dict[str, Any]:
         return {
@@ -383,7 +387,7 @@ class Trainer:
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         if not math.isfinite(metrics["loss"]):
-            self.refuse(f"the validation loss was not finite after epoch {self.epoch + 1}")
+            self.diverge(f"the validation loss was not finite after epoch {self.epoch + 1}")
         row = {
             "epoch": self.epoch + 1,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
@@ -456,7 +460,7 @@ class Trainer:
             "pretrained": self.released,
             "epochs": {"done": self.epoch, "planned": self.epochs},
             "best": best,
-            "last": self.history[-1] if self.history else None,
+            "curve": self.history,
             "images_per_s": statistics.median(speeds) if speeds else None,
             "wall_s": self.wall_seconds(),
             "settings": self.config.model_dump(mode="json"),

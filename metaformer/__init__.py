@@ -5,13 +5,14 @@ from metaformer.folding import fuse
 from metaformer.formats import convert
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MLN, ChannelLayerNorm, ChannelMlp, MetaFormer, MetaFormerBlock
-from metaformer.variants import ABLATIONS, POOLFORMERS, VARIANTS
+from metaformer.variants import ABLATIONS, POOLFORMERS, QUESTIONS, VARIANTS
 from metaformer.weights import load_weights
 
 __all__ = [
     "ABLATIONS",
     "MLN",
     "POOLFORMERS",
+    "QUESTIONS",
     "VARIANTS",
     "Attention",
     "ChannelLayerNorm",

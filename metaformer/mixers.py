@@ -19,14 +19,17 @@ class Pooling(nn.Module):
     Args:
         dim: number of channels C; not needed here, but part of every mixer's signature.
         pool_size: side of the neighbourhood in positions, odd.
+        subtract: ``False`` leaves out the subtraction.
+        count_border: ``True`` counts positions outside the map as zeros.
     """
 
-    def __init__(self, dim: int, pool_size: int = 3):
+    def __init__(self, dim: int, pool_size: int = 3, subtract: bool = True, count_border: bool = False):
         super().__init__()
-        self.pool = nn.AvgPool2d(pool_size, stride=1, padding=pool_size // 2, count_include_pad=False)
+        self.pool = nn.AvgPool2d(pool_size, stride=1, padding=pool_size // 2, count_include_pad=count_border)
+        self.subtract = subtract
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x) - x
+        return self.pool(x) - x if self.subtract else self.pool(x)
 
 
 class DepthwiseConv(nn.Conv2d):

@@ -110,7 +110,7 @@ class MetaFormerBlock(nn.Module):
             return False, False
         mixer, mlp = self.token_mixer, self.mlp
         first = as_made(self.norm1, MLN) and as_made(mixer, Pooling) and as_made(mixer.pool, nn.AvgPool2d)
-        first = first and not mixer.pool.count_include_pad
+        first = first and mixer.subtract and not mixer.pool.count_include_pad
         second = first and as_made(self.norm2, MLN) and as_made(mlp, ChannelMlp) and as_made(mlp.act, nn.GELU)
         second = second and all(as_made(fc, nn.Conv2d) and fc.kernel_size == (1, 1) for fc in (mlp.fc1, mlp.fc2))
         return first, second and mlp.act.approximate == "none"
@@ -182,7 +182,8 @@ class MetaFormerStage(nn.Module):
 class MetaFormer(nn.Module):
     """The backbone of Table 1 with a classification head: stem, stages, then norm, global average, linear.
 
-    The head normalises before it averages, as the paper's code does; timm's class of the same name averages first.
+    The head normalises before it averages, as the paper's code does; timm's class of the same name averages first, as
+    ``pool_before_norm`` does.
     Anything from 32 pixels a side upwards goes in, multiples of 32 or not, unless a token mixer or a position embedding
     fixes the number of tokens; then images are of ``img_size``.
 
@@ -199,11 +200,13 @@ class MetaFormer(nn.Module):
             number of tokens and position embeddings.
         pos_embeds: whether a learned position embedding comes before the blocks; for all stages or for each.
         num_classes: outputs of the classifier; 0 leaves it out, and the model returns (B, C) features.
+        stem_stride: of the stem, 4 in the paper; 2 or 1 for pictures that are small to begin with.
+        pool_before_norm: whether the head averages first.
         global_pool: ``"avg"``, or ``""`` to leave out the average, so that the head keeps (B, C, H, W).
         fused: see :class:`MetaFormerBlock`; ``False`` computes the equations as they are printed.
 
     Raises:
-        InputError: a per-stage argument of the wrong length, or an unknown ``global_pool``.
+        InputError: a per-stage argument of the wrong length, an unknown ``global_pool`` or ``stem_stride``.
     """
 
     def __init__(
@@ -222,10 +225,14 @@ class MetaFormer(nn.Module):
         img_size: int | Size = 224,
         pos_embeds: bool | Sequence[bool] = False,
         num_classes: int = 1000,
+        stem_stride: int = 4,
+        pool_before_norm: bool = False,
         global_pool: str = "avg",
         fused: bool = True,
     ):
         super().__init__()
+        if stem_stride not in (1, 2, 4):
+            raise InputError(f"stem_stride is {stem_stride!r}: use 4, as the paper, or 2 or 1 for small pictures")
         stages = len(depths)
         dims = per_stage("dims", dims, stages)
         token_mixers = per_stage("token_mixers", token_mixers, stages)
@@ -237,10 +244,13 @@ class MetaFormer(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
+        self.pool_before_norm = pool_before_norm
 
-        self.stem = nn.Conv2d(in_chans, dims[0], kernel_size=7, stride=4, padding=2)
+        # 2 in the paper, and as much as a multiple of the stride needs to be divided by it
+        padding = (8 - stem_stride) // 2
+        self.stem = nn.Conv2d(in_chans, dims[0], kernel_size=7, stride=stem_stride, padding=padding)
         self.stages = nn.Sequential()
         size = size_after(self.stem, to_2tuple(img_size))
         for i, dim in enumerate(dims):
@@ -309,7 +319,7 @@ class MetaFormer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of the stages, at strides 4, 8, 16 and 32.
+        """Outputs of the stages, at strides 4, 8, 16 and 32 with the paper's stem.
 
         Args:
             x: images, (B, in_chans, H, W).
@@ -347,15 +357,18 @@ class MetaFormer(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to the last stage's output (B, C, H/32, W/32), before the norm of the head."""
+        """Images (B, in_chans, H, W) to the last stage's output, before the norm of the head."""
         self._check_images(x)
         return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What :meth:`forward_features` returns to logits (B, num_classes), or with ``pre_logits`` to what they see."""
-        x = self.norm(x)
-        if self.global_pool:
-            x = x.mean((-2, -1))
+        if self.global_pool and self.pool_before_norm:
+            x = self.norm(x.mean((-2, -1), keepdim=True)).flatten(1)
+        elif self.global_pool:
+            x = self.norm(x).mean((-2, -1))
+        else:
+            x = self.norm(x)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 

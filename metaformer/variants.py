@@ -94,7 +94,18 @@ ABLATIONS = {
     f"metaformer_s12_{row}": change._replace(arguments={**S12, **change.arguments}) for row, change in CHANGES.items()
 }
 
-VARIANTS = {**POOLFORMERS, **ABLATIONS}
+# What users ask about the baseline and the table does not answer.
+QUESTIONS = {
+    f"metaformer_s12_{name}": Variant({**S12, **change})
+    for name, change in {
+        "nolayerscale": {"layer_scale_init": None},
+        "unsubtracted": {"token_mixers": partial(Pooling, subtract=False)},
+        "border": {"token_mixers": partial(Pooling, count_border=True)},
+        "timmhead": {"pool_before_norm": True},
+    }.items()
+}
+
+VARIANTS = {**POOLFORMERS, **ABLATIONS, **QUESTIONS}
 
 default_cfgs = generate_default_cfgs(
     {

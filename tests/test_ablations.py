@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import metaformer
 from config import load_config
 from conftest import ROOT
-from metaformer import ABLATIONS, InputError
-from oracles import TIMM_NAMES, randomise, relative_error, renamed
+from metaformer import ABLATIONS, QUESTIONS, InputError
+from oracles import TIMM_NAMES, randomise, relative_error, renamed, timm_twin
 
 # Table 5: learnable parameters in millions as printed, top-1 of the paper.
 TABLE_5 = {
@@ -45,7 +45,7 @@ def row_model(row: str, **arguments) -> nn.Module:
 
 def test_no_row_is_missing():
     assert {f"metaformer_s12_{row}" for row in TABLE_5} == ABLATIONS.keys()
-    assert ABLATIONS.keys() <= set(timm.list_models("metaformer_s12_*"))
+    assert ABLATIONS.keys() | QUESTIONS.keys() == set(timm.list_models("metaformer_s12_*"))
 
 
 @pytest.mark.parametrize("row", TABLE_5)
@@ -92,6 +92,17 @@ class TimmPooling9(timm_metaformer.Pooling):
         super().__init__(pool_size=9)
 
 
+class TimmUnsubtracted(timm_metaformer.Pooling):
+    def forward(self, x):
+        return self.pool(x)
+
+
+class TimmBorder(timm_metaformer.Pooling):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.pool = nn.AvgPool2d(3, stride=1, padding=1)  # counts its border
+
+
 class TimmDepthwise(nn.Conv2d):
     def __init__(self, dim, **kwargs):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
@@ -131,6 +142,9 @@ TWINS = {
     "silu": {"mlp_act": nn.SiLU},
     "pppa": {"token_mixers": [POOL] * 3 + [TimmAttention], "norm_layers": [Ln] * 3 + [LnTokens]},
     "ppaa": {"token_mixers": [POOL] * 2 + [TimmAttention] * 2, "norm_layers": [Ln] * 2 + [LnTokens] * 2},
+    "unsubtracted": {"token_mixers": TimmUnsubtracted},
+    "border": {"token_mixers": TimmBorder},
+    "nolayerscale": {"layer_scale_init_values": None},
 }
 """Arguments of timm's MetaFormer that make the rows it can build."""
 
@@ -178,6 +192,27 @@ def test_trunk_and_gradients_equal_timms(row, train):
             # in pool(x) - x the bias of the norm before cancels under MLN; its gradient is rounding
             if parameter.grad is not None and "position" not in name and "norm1.bias" not in name:
                 assert relative_error(parameter.grad.reshape(expected[name].shape), expected[name]) < 1e-8, name
+
+
+def test_timms_head_is_timms():
+    model = randomise(row_model("timmhead", num_classes=10)).double().eval()
+    images = torch.randn(2, 3, 75, 64, dtype=torch.float64)
+    logits = model(images)
+    assert relative_error(logits, timm_twin("poolformer_s12", model)(images)) < 1e-10
+    model.pool_before_norm = False
+    assert relative_error(model(images), logits) > 1e-3
+
+
+@pytest.mark.parametrize(("stride", "sizes"), [(1, (32, 16, 8, 4)), (2, (16, 8, 4, 2)), (4, (8, 4, 2, 1))])
+def test_the_stems_stride_is_that_of_its_maps(stride, sizes):
+    model = timm.create_model("poolformer_s12", stem_stride=stride, features_only=True)
+    maps = model(torch.randn(1, 3, 32, 32))
+    assert tuple(x.shape[2] for x in maps) == sizes
+    assert model.feature_info.reduction() == [32 // size for size in sizes]
+    fixed = row_model("ppff", stem_stride=stride, img_size=32, num_classes=10)  # counts on the sizes of its maps
+    assert fixed(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    with pytest.raises(InputError, match="stem_stride is 3: use 4, as the paper, or 2 or 1"):
+        timm.create_model("poolformer_s12", stem_stride=3)
 
 
 @pytest.mark.parametrize("row", ["random", "pppf", "ppff"])

@@ -355,7 +355,15 @@ def table(root: Path, name: str) -> pd.DataFrame:
 def test_writes_all_tables_and_then_nothing_changes(root, capsys):
     assert make_tables.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [*TABLES, "claims", "cost", "speed"]
+    assert [line.partition(":")[0] for line in lines] == [
+        *TABLES,
+        "claims",
+        "cost",
+        "speed",
+        "loader",
+        "proxy",
+        "conclusions",
+    ]
     assert len(list((root / "analysis/tables").iterdir())) == 3 * len(lines)
     for line in lines:
         assert line in (root / "analysis/README.md").read_text()
@@ -534,7 +542,7 @@ def test_import_is_all_or_nothing(tmp_path):
 def test_figures_show_the_tables(tmp_path):
     make_figures.main(["--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"{name}.{kind}" for name in ("fig1b", "fig3", "ablation") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("fig1b", "fig3", "ablation", "proxy") for kind in ("png", "svg")
     }
     for path in tmp_path.glob("*.png"):
         assert np.asarray(Image.open(path).convert("L")).std() > 10

@@ -200,12 +200,15 @@ def replacing(block: MetaFormerBlock, calls: list) -> None:
     block.token_mixer = Mine(8)
 
 
-def test_pooling_that_counts_its_border_is_computed_as_it_is():
+@pytest.mark.parametrize("change", [("pool.count_include_pad", True), ("subtract", False)])
+def test_another_pooling_is_computed_as_it_is(change):
     fused, plain = pair()
     images = drawn(1, 3, 64, 64)
     before = trained(fused, images)[0]
+    name, value = change
     for model in (fused, plain):
-        model.stages[0].blocks[0].token_mixer.pool.count_include_pad = True
+        owner, _, attribute = f"token_mixer.{name}".rpartition(".")
+        setattr(model.stages[0].blocks[0].get_submodule(owner), attribute, value)
     logits = trained(fused, images)[0]
     assert relative_error(logits, trained(plain, images)[0]) < 1e-12
     assert relative_error(logits, before) > 1e-6

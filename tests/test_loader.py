@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 import loader
+import make_tables
 from config import Config
 from data import open_split, train_loader, transform
 from distributed import Processes
 from metaformer.errors import run_command
+from records import import_records
 
 SIDE = 32
 
@@ -86,6 +88,11 @@ def test_record(jpegs, tmp_path, command):
     status, printed, _ = command(*arguments, "--record", path)
     assert status == 0
     record = json.loads(path.read_text())
+    import_records([path], tmp_path / "results")
+    rows = make_tables.loader(make_tables.Measured(tmp_path / "results")).rows
+    assert [row["decoder"] for row in rows] == list(record["decoders"])
+    needed = record["decoders"]["opencv"]["workers_needed"]
+    assert (rows[3]["workers"], rows[3]["workers for"]) == ("2", f"5,000 images/s: {needed}")
     assert record["kind"] == "loader"
     assert (record["workers"], record["images"], record["batch"], record["rounds"]) == (2, 8, 2, 3)
     assert record["data"]["images"] == 12

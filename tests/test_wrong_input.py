@@ -38,7 +38,7 @@ def copied(pictures, root):
         (["epochs"], r"cannot read the argument 'epochs'"),
         (["model=poolfomer_s12"], r"no model 'poolfomer_s12' \(did you mean 'poolformer_s12'\?\)"),
         (["model_args={depth: [1, 1, 1, 1]}"], r"poolformer_s12 does not take these arguments: .*'depth'"),
-        (["data_dir=nowhere"], r"there is no data folder nowhere: use data_dir=PATH"),
+        (["data_dir=nowhere"], r"there is no data folder nowhere: give data_dir the path of one"),
         (["data_dir=null"], r"no data given: use data_dir=PATH"),
         (["val_split=test"], r"has no folder test: name it with train_split= or val_split="),
         (["dataset=hfds/./nowhere"], r"cannot open the split 'train' of hfds/./nowhere"),
@@ -215,7 +215,7 @@ def test_the_command_prints_one_line_and_exits_with_2(gpus, pictures, tmp_path):
         )
 
     for arguments, sentence in [
-        (["empty.yaml", "data_dir=nowhere"], "error: there is no data folder nowhere: use data_dir=PATH\n"),
+        (["empty.yaml", "data_dir=nowhere"], "error: there is no data folder nowhere: give data_dir the path of one\n"),
         (["empty.yaml", f"data_dir={root}", *TINY, "output=run"], "error: cannot use the picture"),
     ]:
         done = command(*arguments)

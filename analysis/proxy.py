@@ -1,0 +1,140 @@
+"""Statistics of small studies (classification/ablate.py): means over seeds, differences, and statements about them.
+
+The figure of a run is the top-1 of its last epoch, chosen in advance, since the best of all epochs would be chosen on
+the pictures that it is measured on. That of a run that diverged is the top-1 of guessing.
+
+Intervals are of 95 %, by Student's t with the variances of the rows kept apart (Welch): for a weighted sum of means
+m = sum of w_i m_i, of rows with n_i runs of variance v_i, the variance is V = sum of (a_i = w_i^2 v_i / n_i), with
+V^2 / sum of (a_i^2 / (n_i - 1)) degrees of freedom. Each interval stands for itself; nothing is corrected for their
+number.
+"""
+
+import math
+import sys
+from functools import cache
+from pathlib import Path
+from statistics import mean, variance
+from typing import Any, NamedTuple
+
+import yaml
+from scipy import stats
+
+from count import ROOT
+from metaformer.errors import InputError
+from records import Training
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "classification"))  # a folder of scripts, not a package
+
+from ablate import ROWS, Study, read_study
+from config import check
+
+CONFIDENCE = 0.95
+CONSTANTS = ("chance", "point")
+"""What a test may name beside rows."""
+
+Weights = dict[str, float]
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+class Results:
+    """The runs of a study by row and seed.
+
+    Args:
+        name: of the study.
+        records: its runs.
+
+    Raises:
+        InputError: no such study, a row it does not know, another recipe or other data, a run counted twice.
+    """
+
+    def __init__(self, name: str, records: list[Training]):
+        _, self.study = read_study(name)
+        self.records = records
+        self.chance = 100 / self.study.data.classes
+        self.top1: dict[str, dict[int, float]] = {}
+        self.diverged: dict[str, int] = {}
+        for record in records:
+            row = record.settings.row
+            check_recipe(name, self.study, record)
+            of_row = self.top1.setdefault(row, {})
+            if record.seed in of_row:
+                raise InputError(f"{name} has two records of row {row}, seed {record.seed}: take one out")
+            diverged = record.status == "diverged"
+            of_row[record.seed] = self.chance if diverged else record.curve[-1].top1
+            self.diverged[row] = self.diverged.get(row, 0) + diverged
+
+    def combination(self, weights: Weights) -> Interval | None:
+        """A weighted sum of the rows' means with its interval; ``None`` if a row has fewer than two runs."""
+        total, parts = 0.0, []
+        for name, weight in weights.items():
+            if name in CONSTANTS:
+                total += weight * (self.chance if name == "chance" else 1.0)
+                continue
+            values = list(self.top1.get(name, {}).values())
+            if len(values) < 2:
+                return None
+            total += weight * mean(values)
+            parts.append((weight**2 * variance(values) / len(values), len(values) - 1))
+        whole = sum(part for part, _ in parts)
+        if whole == 0:
+            return Interval(total, total, total)
+        freedom = whole**2 / sum(part**2 / of for part, of in parts)
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(whole)
+        return Interval(total, total - half, total + half)
+
+    def judge(self, tests: list[Weights]) -> tuple[str, list[Interval | None]]:
+        """``holds``, ``fails``, ``undecided`` or ``not run``, and the sums."""
+        sums = [self.combination(weights) for weights in tests]
+        if any(interval and interval.high < 0 for interval in sums):
+            return "fails", sums
+        if None in sums:
+            return "not run", sums
+        return ("holds" if all(interval.low > 0 for interval in sums) else "undecided"), sums
+
+    def rank_correlation(self, paper: dict[str, float]) -> tuple[int, Interval | None]:
+        """Spearman's between the paper's top-1 of the rows and the means here: number of rows, and the coefficient.
+
+        The interval is Bonett and Wright's: Fisher's z with variance (1 + r^2 / 2) / (n - 3). ``None`` below four rows.
+        """
+        rows = [row for row in paper if row in self.top1]
+        if len(rows) < 4:
+            return len(rows), None
+        here = [mean(self.top1[row].values()) for row in rows]
+        r = float(stats.spearmanr([paper[row] for row in rows], here).statistic)
+        if abs(r) > 1 - 1e-9:
+            return len(rows), Interval(r, r, r)
+        half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + r**2 / 2) / (len(rows) - 3))
+        return len(rows), Interval(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))
+
+
+def check_recipe(name: str, study: Study, record: Training) -> None:
+    """Refuse a record of another recipe or of other data than the study's."""
+    settings, row = record.settings, record.settings.row
+    if row not in ROWS:
+        raise InputError(f"{name} has a record of row {row!r}, which ablate.py does not know")
+    expected = check({**study.recipe, **ROWS[row]}, source=name).model_dump(mode="json")
+    for key in {**study.recipe, **ROWS[row]}:
+        if getattr(settings, key, None) != expected[key]:
+            raise InputError(
+                f"{name} has a record of row {row}, seed {record.seed} with {key}={getattr(settings, key, None)}, and "
+                f"the study has {expected[key]}: it is of another recipe, take it out"
+            )
+    for what, number in study.data:
+        if getattr(record.data, what) != number:
+            raise InputError(
+                f"{name} has a record of row {row}, seed {record.seed} on {getattr(record.data, what)} {what}, and the "
+                f"study has {number}: take it out"
+            )
+
+
+@cache
+def statements() -> dict[str, list[dict[str, Any]]]:
+    return yaml.safe_load((ROOT / "analysis/statements.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,286 @@
+"""Small studies: ablate.py runs them, analysis/proxy.py judges them."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import yaml
+
+import ablate
+import make_tables
+import submit
+from conftest import ROOT, draw
+from metaformer import ABLATIONS, QUESTIONS, InputError
+from proxy import Results, statements
+from records import Training, import_records, parse
+
+RECIPE = {
+    "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 32], "stem_stride": 2},
+    "img_size": 32,
+    "epochs": 2,
+    "global_batch": 6,
+    "device_batch": 6,
+    "lr": 0.002,
+    "drop_path": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("data"), train_images=24, val_images=9)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Writes a study file: study(epochs=3) changes the recipe."""
+
+    def write(rows=("baseline", "pppa"), seeds=(0, 1), **recipe) -> Path:
+        path = tmp_path / "tiny.yaml"
+        content = {
+            "title": "Tiny",
+            "note": "Drawn.",
+            "data": {"classes": 3, "train_images": 24, "val_images": 9},
+            "rows": list(rows),
+            "seeds": list(seeds),
+            "recipe": {**RECIPE, **recipe},
+        }
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def ablated(study: Path, data: Path, *arguments: str, output: str = "out") -> int:
+    return ablate.main([str(study), "--data-dir", str(data), "--output", str(study.parent / output), *arguments])
+
+
+def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, monkeypatch, capsys):
+    path = study()
+    assert ablated(path, data, "--rows", "baseline") == 0
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/run.json")}
+    assert {file.parent.name for file in first} == {"baseline-0", "baseline-1"}
+    assert ablated(path, data) == 0
+    files = sorted((tmp_path / "out").glob("*/run.json"))
+    assert [file.parent.name for file in files] == ["baseline-0", "baseline-1", "pppa-0", "pppa-1"]
+    assert all(file.stat().st_mtime_ns == first[file] for file in first)
+    assert "4 runs, 2 of them done" in capsys.readouterr().out
+    runs = {file.parent.name: json.loads(file.read_text()) for file in files}
+    assert all(run["status"] == "finished" and len(run["curve"]) == 2 for run in runs.values())
+    assert runs["pppa-1"]["model"] == "metaformer_s12_pppa"
+    assert (runs["pppa-1"]["seed"], runs["pppa-1"]["settings"]["drop_path"]) == (1, 0.1)
+
+    results = tmp_path / "results"
+    import_records([tmp_path / "out"], results)
+    import_records([tmp_path / "out"], results)
+    records = {file.stem: file for file in results.glob("tiny/*.json")}
+    assert records.keys() == runs.keys()
+    monkeypatch.setattr(ablate, "STUDIES", tmp_path)
+    measured = make_tables.Measured(results)
+    assert measured.problems == []
+    rows = {row["row"]: row for row in make_tables.proxy(measured).rows}
+    top1 = [runs[f"baseline-{seed}"]["curve"][-1]["top1"] for seed in (0, 1)]
+    assert rows["baseline"][make_tables.TOP1].startswith(f"{sum(top1) / 2:.1f} ±")
+    assert (rows["pppa"]["runs"], rows["pppa"]["top-1 in the paper, %"]) == ("2", "78.3")
+
+    records["pppa-1"].write_text(records["pppa-1"].read_text().replace('"lr": 0.002', '"lr": 0.004'))
+    problem = "tiny has a record of row pppa, seed 1 with lr=0.004, and the study has 0.002"
+    assert problem in make_tables.Measured(results).problems[0]
+
+
+def test_a_run_that_diverges_is_a_result(study, data, tmp_path, monkeypatch, capsys):
+    path = study(rows=["baseline"], seeds=[0], lr=1e30)
+    assert ablated(path, data) == 0
+    assert "baseline, seed 0: diverged (the loss was not finite" in capsys.readouterr().out
+    import_records([tmp_path / "out"], tmp_path / "results")
+    monkeypatch.setattr(ablate, "STUDIES", tmp_path)
+    measured = make_tables.Measured(tmp_path / "results")
+    assert measured.problems == []
+    assert measured.studies["tiny"].top1 == {"baseline": {0: 100 / 3}}
+    assert make_tables.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
+
+
+def test_a_stopped_study_continues_where_it_stood(study, data, tmp_path):
+    path = study(rows=["baseline"], seeds=[0], epochs=400)
+    script = ROOT / "classification/ablate.py"
+    command = [sys.executable, str(script), str(path), "--data-dir", str(data), "--output", str(tmp_path / "out")]
+    record = tmp_path / "out/baseline-0/run.json"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (record.is_file() and json.loads(record.read_text())["epochs"]["done"] > 1):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert json.loads(record.read_text())["status"] == "stopped"
+    log = (tmp_path / "out/baseline-0.log").read_text()
+    assert "SIGTERM: saved epoch" in log
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while "continues at epoch" not in (tmp_path / "out/baseline-0.log").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+
+
+def test_a_failed_run_is_not_counted(study, data, tmp_path, capsys):
+    path = study(rows=["pppa"], seeds=[0], model_args={**RECIPE["model_args"], "dims": [8, 8, 8, 24]})
+    assert ablated(path, data) == 1
+    error = capsys.readouterr().err
+    assert "1 of 1 runs failed: pppa-0" in error
+    assert "attention with 32 channels per head cannot divide 24" in (tmp_path / "out/pppa-0.log").read_text()
+
+
+def test_runs_are_jobs_of_their_own_on_a_cluster(study, data, tmp_path):
+    recipe = ablate.prepare_output(tmp_path / "out", ablate.read_study(str(study()))[1])
+    runs = ablate.make_runs("tiny", recipe, ["baseline"], [0], str(data), workers=0)
+    executor = submit.make_executor("local", str(tmp_path / "jobs"), None, nodes=1, gpus=1, cpus_per_gpu=1, time=5)
+    jobs = ablate.submit_all(runs, executor)
+    jobs[0].result()
+    assert runs[0].done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rows", "pool4"], "there is no row 'pool4' (did you mean 'pool"),
+        (["--seeds", "-1"], "there is no seed -1"),
+        (["--at-once", "0"], "--at-once 0"),
+        (["--data-dir", "nowhere"], "there is no data folder nowhere"),
+        (["--partition", "gpu"], "there is no Slurm on this machine"),
+    ],
+)
+def test_wrong_arguments(arguments, says, study, data, monkeypatch):
+    monkeypatch.setattr(submit.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match=re.escape(says)):
+        ablated(study(), data, *arguments)
+
+
+def test_wrong_studies(study, data, tmp_path):
+    with pytest.raises(InputError, match=r"there is no study 'cifar1' \(did you mean 'cifar10'\?\)"):
+        ablate.read_study("cifar1")
+    with pytest.raises(InputError, match="there is no row 'none'"):
+        ablate.read_study(str(study(rows=["none"])))
+    with pytest.raises(InputError, match=r"unknown setting 'epoch_s' \(did you mean 'epochs'\?\)"):
+        ablate.read_study(str(study(epoch_s=3)))
+    with pytest.raises(InputError, match="the recipe sets seed"):
+        ablate.read_study(str(study(seed=3)))
+    other = draw(tmp_path / "other", train_images=24, val_images=8, classes="ab")
+    with pytest.raises(InputError, match="other has 2 classes, and the study is on 3: give its data"):
+        ablated(study(), other)
+    ablate.prepare_output(tmp_path / "out", ablate.read_study(str(study()))[1])
+    with pytest.raises(InputError, match=r"out holds runs with epochs=2, and the study has 3: give another --output"):
+        ablated(study(epochs=3), data)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/studies").glob("*.yaml")))
+def test_the_studies_that_ship(name):
+    _, found = ablate.read_study(name)
+    assert set(found.rows) <= set(ablate.ROWS)
+    assert len(found.seeds) >= 3
+
+
+def test_every_ablation_is_a_row():
+    models = {row["model"] for row in ablate.ROWS.values()}
+    assert models == {"poolformer_s12", *ABLATIONS, *QUESTIONS}
+
+
+# Statistics
+
+
+def results(monkeypatch, top1: dict[str, list[float]]) -> Results:
+    monkeypatch.setattr("proxy.check_recipe", lambda *_: None)
+    records = []
+    for row, values in top1.items():
+        for seed, value in enumerate(values):
+            record = {
+                "kind": "training",
+                "model": "m",
+                "data": {"classes": 10},
+                "devices": 1,
+                "images_per_s": 1.0,
+                "seed": seed,
+                "starts": [
+                    {
+                        **{"command": "c", "commit": None, "versions": {}, "date": "2026-01-01T00:00:00+00:00"},
+                        "hardware": {"cpu": "a", "cores": 2, "gpus": []},
+                    }
+                ],
+                "settings": {"study": "cifar10", "row": row},
+                "curve": [{"top1": 1.0}, {"top1": value}],
+            }
+            records.append(parse(record, Path("x")))
+    return Results("cifar10", records)
+
+
+A, B = [70.0, 71.5, 69.0], [72.0, 72.5, 72.1, 75.0]
+
+
+def test_intervals_are_students_and_welchs(monkeypatch):
+    found = results(monkeypatch, {"identity": A, "baseline": B})
+    one = scipy.stats.ttest_1samp(A, 0).confidence_interval(0.95)
+    assert found.combination({"identity": 1})[1:] == pytest.approx(one)
+    two = scipy.stats.ttest_ind(A, B, equal_var=False).confidence_interval(0.95)
+    assert found.combination({"identity": 1, "baseline": -1})[1:] == pytest.approx(two)
+    scaled = scipy.stats.ttest_ind(A, [0.9 * b for b in B], equal_var=False).confidence_interval(0.95)
+    shifted = found.combination({"identity": 1, "baseline": -0.9, "point": 2, "chance": 0.5})
+    assert shifted[1:] == pytest.approx([bound + 2 + 5 for bound in scaled])
+
+
+def test_verdicts(monkeypatch):
+    found = results(monkeypatch, {"identity": A, "baseline": B, "pool5": [60.0, 60.1, 60.2], "pool7": [70.0]})
+    assert found.judge([{"identity": 1, "pool5": -1}])[0] == "holds"
+    assert found.judge([{"pool5": 1, "identity": -1}])[0] == "fails"
+    assert found.judge([{"baseline": 1, "pool5": -1}, {"identity": 1, "baseline": -1, "point": 2}])[0] == "undecided"
+    assert found.judge([{"pool7": 1, "pool5": -1}])[0] == "not run"
+    assert found.judge([{"relu": 1, "pool5": -1}])[0] == "not run"
+    assert found.judge([{"relu": 1, "pool5": -1}, {"pool5": 1, "identity": -1}])[0] == "fails"
+
+
+def test_a_run_cannot_be_counted_twice(monkeypatch):
+    found = results(monkeypatch, {"identity": A})
+    with pytest.raises(InputError, match="cifar10 has two records of row identity, seed 1"):
+        Results("cifar10", [*found.records, found.records[1]])
+
+
+def test_rank_correlation(monkeypatch):
+    paper = {"baseline": 77.2, "identity": 74.3, "pool5": 77.2, "relu": 76.4, "silu": 77.1, "ppaa": 81.0}
+    here = {"baseline": 60.0, "identity": 58.0, "pool5": 63.0, "relu": 61.0, "silu": 59.0}
+    number, found = results(monkeypatch, {row: [value] for row, value in here.items()}).rank_correlation(paper)
+    assert number == 5
+    expected = scipy.stats.spearmanr([paper[row] for row in here], list(here.values())).statistic
+    assert found.value == pytest.approx(expected)
+    # Bonett and Wright (2000), Eq. 2
+    half = scipy.stats.norm.ppf(0.975) * math.sqrt((1 + expected**2 / 2) / 2)
+    assert math.atanh(found.high) - math.atanh(found.low) == pytest.approx(2 * half)
+    few = results(monkeypatch, {row: [here[row]] for row in list(here)[:3]})
+    assert few.rank_correlation(paper) == (3, None)
+
+
+def test_the_papers_own_figures_agree_with_its_conclusions():
+    make_tables.paper.cache_clear()
+    figures = {row["build"]: row["top1"] for row in make_tables.paper()["table5"]["rows"]}
+    top1 = {row: figures[of["model"]] for row, of in ablate.ROWS.items() if of["model"] in figures}
+    top1 |= {"chance": 0.1, "point": 1.0}
+    for statement in statements()["conclusions"]:
+        for weights in statement["tests"]:
+            assert sum(weight * top1[name] for name, weight in weights.items()) > 0, statement["text"]
+
+
+def test_statements_name_rows():
+    for statement in [*statements()["conclusions"], *statements()["questions"]]:
+        for weights in statement["tests"]:
+            assert weights.keys() <= {*ablate.ROWS, "chance", "point"}
+
+
+def test_a_record_of_a_study_counts_when_it_is_done():
+    record = results(pytest.MonkeyPatch(), {"identity": [70.0]}).records[0].model_dump()
+    for status, says in (("running", "counts when it is done"), ("failed", "the run failed: lost")):
+        with pytest.raises(InputError, match=says):
+            parse({**record, "status": status, "error": "lost"}, Path("x"))
+    assert isinstance(parse({**record, "status": "diverged", "images_per_s": None, "curve": []}, Path("x")), Training)
