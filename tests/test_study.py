@@ -145,6 +145,19 @@ def test_runs_are_jobs_of_their_own_on_a_cluster(study, data, tmp_path):
     assert runs[0].done
 
 
+def test_runs_are_spread_over_the_gpus(monkeypatch):
+    monkeypatch.setattr(ablate, "cores", lambda: 16)
+    monkeypatch.setattr(ablate.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    slots = ablate.Slots(at_once=None)
+    seen = [slots.environment(slot) for slot in slots.free]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == ["5", "7", "5", "7"]
+    assert (slots.workers, slots.environment(0)["OMP_NUM_THREADS"]) == (3, "4")
+    monkeypatch.setattr(ablate.torch.cuda, "device_count", lambda: 0)
+    slots = ablate.Slots(at_once=None)
+    assert (len(slots.free), slots.workers, slots.environment(0)["OMP_NUM_THREADS"]) == (16, 0, "1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
