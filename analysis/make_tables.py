@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
@@ -666,23 +666,23 @@ OWN_ROWS = {
 
 
 def study_notes(name: str, results: Results) -> Iterator[str]:
-    study, records = results.study, results.records
-    yield f"{name}: {study.title}. {study.note}"
-    run = {(record.settings.row, record.seed) for record in records}
-    planned = len(study.rows) * len(study.seeds)
-    hardware = ", ".join(dict.fromkeys(record.hardware.device for record in records))
-    hours = sum(record.wall_s or 0 for record in records) / 3600
-    yield (
-        f"{name}: {len(run)} runs of the {planned} planned, {hours:.1f} hours of runs in all, on {hardware}"
-        + ("" if len(run) >= planned else "; partial")
-        + "."
-    )
+    yield f"{name}: {results.study.title}. {results.study.note}"
+    yield cost_of(name, results)
     by_build = {of["model"]: row for row, of in ROWS.items() if of.keys() == {"model"}}
     top1_of = {by_build[of["build"]]: of["top1"] for of in paper()["table5"]["rows"]}
     number, r = results.rank_correlation(top1_of)
     if r:
         interval = f"95 % interval {r.low:.2f} to {r.high:.2f}" if r.low < r.high else "no interval, as it is perfect"
         yield f"{name}: Spearman's rank correlation with the paper over {number} rows: {r.value:.2f} ({interval})."
+
+
+def cost_of(name: str, results: Results) -> str:
+    planned = set(product(results.study.rows, results.study.seeds))
+    missing = len(planned - {(record.settings.row, record.seed) for record in results.records})
+    hardware = ", ".join(dict.fromkeys(record.hardware.device for record in results.records))
+    hours = sum(record.wall_s or 0 for record in results.records) / 3600
+    partial = f"; partial, {missing} of the {len(planned)} planned are missing" if missing else ""
+    return f"{name}: {len(results.records)} runs, {hours:.1f} hours added up, on {hardware}{partial}."
 
 
 def conclusions(measured: Measured) -> Table:
@@ -833,19 +833,22 @@ def readme_sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[
         rows = [row for record in sorted(records, key=lambda record: record.date) for row in beside_timm(record)]
         sections["README.md", "speed"] = markdown(pd.DataFrame(rows)) if rows else "Not measured yet."
     if "conclusions" in tables:
-        sections["README.md", "conclusions"] = verdicts(tables["conclusions"])
+        sections["README.md", "conclusions"] = verdicts(tables["conclusions"], measured)
     if tables.keys() == MAKERS.keys():
         summary = "\n".join(f"- {table.summary()}" for table in tables.values())
         sections["analysis/README.md", "summary"] = summary
     return sections
 
 
-def verdicts(table: Table) -> str:
-    """A row for each statement, a column for each study."""
+def verdicts(table: Table, measured: Measured) -> str:
+    """A row for each statement, a column for each study, and what the studies took."""
     rows: dict[str, Row] = {}
     for row in table.rows:
         rows.setdefault(row["statement"], {"at this scale": row["statement"]})[row["study"]] = row["verdict"].kind
-    return markdown(pd.DataFrame(rows.values()).fillna(NOT_RUN)) if rows else "Not run yet."
+    if not rows:
+        return "Not run yet."
+    costs = [f"- {cost_of(name, results)}" for name, results in studies(measured)]
+    return "\n".join([markdown(pd.DataFrame(rows.values()).fillna(NOT_RUN)), "", *costs])
 
 
 def with_section(text: str, name: str, content: str, path: Path) -> str:
