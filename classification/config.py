@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metaformer.errors import InputError, nearest
+from metaformer.provenance import write_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "classification"
 DEMO = CONFIGS / "mnist.yaml"
@@ -190,4 +191,5 @@ def check(values: dict[str, Any], source: str) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_file(path, lambda file: file.write(text.encode()))
