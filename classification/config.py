@@ -38,6 +38,7 @@ class Config(BaseModel):
     dataset_args: dict[str, Any] = {}  # further arguments of timm.data.create_dataset
     num_classes: Positive | None = None  # for data that do not tell
     workers: Annotated[int, Field(ge=0)] | None = None  # loader processes per device; null: one per core
+    bad_pictures: Literal["stop", "skip"] = "stop"  # what cannot be read stops the run, or is left out and named
 
     # Input
     img_size: Annotated[int, Field(ge=32)] = 224

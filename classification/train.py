@@ -12,10 +12,10 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,40 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import Config, check, load_config, read_yaml, save_config
-from data import Data, TrainBatches, checked, load_data, seed_everything, shut_down, train_loader, val_loader
+from data import (
+    Data,
+    TrainBatches,
+    Unreadable,
+    checked,
+    load_data,
+    seed_everything,
+    shut_down,
+    train_loader,
+    val_loader,
+)
 from distributed import Processes, StopSignal, join
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_file, write_json, writing
 from metaformer.weights import read_checkpoint
 from validate import autocast, build_model, evaluate, normaliser, precision_on, released_weights, with_input_of
 
-MAY_CHANGE = {"output", "resume", "workers", "log_interval", "data_dir", "expected_top1"}
+MAY_CHANGE = {"output", "resume", "workers", "bad_pictures", "log_interval", "data_dir", "expected_top1"}
 """Settings that may differ when a run continues: they leave what it computes as it is."""
 
 
-STATE = {"state_dict", "optimizer", "amp_scaler", "epoch", "step", "history", "starts", "loss_sum", "seconds", "wall_s"}
+STATE = {
+    "state_dict",
+    "optimizer",
+    "amp_scaler",
+    "epoch",
+    "step",
+    "history",
+    "starts",
+    "loss_sum",
+    "skipped",
+    "seconds",
+    "wall_s",
+}
 """What a run needs to continue."""
 
 
@@ -227,6 +249,8 @@ class Trainer:
         self.earlier_seconds = 0.0  # of earlier starts
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # over the passes of this epoch
         self.bad_step = torch.full((), -1, device=device)
+        self.unreadable: list[tuple[str, Unreadable]] = []  # split and picture, since the processes last met
+        self.skipped: dict[str, list[str]] = {"training": [], "validation": []}  # names of pictures, by split
         self.output = open_output(config, processes)
         if (self.output / "last.pt").is_file():
             self.load(read_checkpoint(self.output / "last.pt"))
@@ -243,6 +267,7 @@ class Trainer:
             "history": self.history,
             "starts": self.starts,
             "loss_sum": self.loss_sum.item(),
+            "skipped": self.skipped,
             "seconds": self.seconds,
             "wall_s": self.wall_seconds(),
         }
@@ -270,6 +295,7 @@ class Trainer:
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.starts = [*state["starts"], *self.starts]
         self.seconds, self.earlier_seconds = state["seconds"], state["wall_s"]
+        self.skipped = state["skipped"]
         if self.processes.is_main:
             self.loss_sum.fill_(state["loss_sum"])
 
@@ -372,9 +398,9 @@ class Trainer:
         self.batches.epoch, self.batches.first_step = self.epoch, self.step
         dataset = self.data.train
         if not isinstance(dataset, IterableDataset):
-            return checked(iter(self.train_loader), self.data.num_classes)
+            return checked(iter(self.train_loader), self.data.num_classes, self.skip_in("training"))
         dataset.set_epoch(self.epoch)
-        batches = checked(iter(self.train_loader), self.data.num_classes)
+        batches = checked(iter(self.train_loader), self.data.num_classes, self.skip_in("training"))
         return islice(batches, self.step * self.passes, None)  # a stream can only be read up to where it stood
 
     def optimizer_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -383,6 +409,13 @@ class Trainer:
             if images is None:
                 raise InputError(
                     f"the data ended at step {self.step + 1} of {self.steps}: its num_samples is too large"
+                )
+            if self.mix and len(labels) % 2:  # a picture was skipped, and Mixup pairs them
+                images, labels = images[:-1], labels[:-1]
+            if not len(labels):
+                raise InputError(
+                    f"of the pictures of a pass in epoch {self.epoch + 1}, step {self.step + 1}, too few can be read: "
+                    f"the last was {self.unreadable[-1][1].name}; mend them or take them out"
                 )
             number = turn * self.processes.world + self.processes.rank
             seed_everything(self.config.seed, self.epoch, self.step, number)
@@ -410,10 +443,30 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model)
 
+    def skip_in(self, split: str) -> Callable[[list[Unreadable]], None] | None:
+        """What notes the pictures that are skipped, if they are to be skipped.
+
+        The mean of a pass is then that of the pictures left, and every pass still counts the same.
+        """
+        if self.config.bad_pictures == "stop":
+            return None
+        return lambda unreadable: self.unreadable.extend((split, picture) for picture in unreadable)
+
+    def gather_skipped(self) -> None:
+        """Name the pictures that any process has skipped, each once in a run."""
+        if self.config.bad_pictures == "stop":
+            return
+        for split, (name, reason) in chain.from_iterable(self.processes.gather(self.unreadable)):
+            if name not in self.skipped[split]:
+                self.skipped[split].append(name)
+                self.say(f"skipped the {split} picture {name} ({reason})")
+        self.unreadable = []
+
     def gather_loss(self) -> None:
         """The sum of all processes into the main one's; stops the run if a loss was not finite."""
         total = self.processes.sum(self.loss_sum)
         self.loss_sum.fill_(total.item() if self.processes.is_main else 0)
+        self.gather_skipped()
         bad_step = self.processes.max(int(self.bad_step))
         if bad_step >= 0:
             self.refuse(f"the loss was not finite at epoch {self.epoch + 1}, step {bad_step + 1}")
@@ -431,6 +484,7 @@ class Trainer:
             "cast": self.cast,
             "processes": self.processes,
             "progress": self.interruptible,
+            "skip": self.skip_in("validation"),
         }
 
     def interruptible(self, batches: Iterable) -> Iterator:
@@ -440,6 +494,7 @@ class Trainer:
             yield batch
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
+        self.gather_skipped()
         if not math.isfinite(metrics["loss"]):
             self.refuse(f"the validation loss was not finite after epoch {self.epoch + 1}")
         row = {
@@ -514,6 +569,7 @@ class Trainer:
             "model": self.config.model,
             "parameters": count(self.model),
             "data": self.data.summary,
+            "skipped": {split: len(names) for split, names in self.skipped.items()},
             "batch": {"global": self.config.global_batch, "device": self.device_batch, "passes": self.passes},
             "devices": self.processes.world,
             "lr": self.lr,
@@ -554,13 +610,21 @@ class Trainer:
     def say_result(self) -> None:
         best = max(self.history, key=lambda row: row["top1"])
         expected = self.config.expected_top1 if self.data.num_classes == 1000 else None
+        skipped = {split: len(names) for split, names in self.skipped.items()}
+        images = self.data.summary["val_images"] - skipped["validation"]
         lines = [
-            f"\ntop-1 {best['top1']:.2f} % of {self.data.summary['val_images']} held-out images "
+            f"\ntop-1 {best['top1']:.2f} % of {images} held-out images "
             f"(epoch {best['epoch']} of {self.epochs}, {self.wall_seconds() / 60:.1f} minutes)"
             + (f"; the paper reports {expected} % on ImageNet-1K" if expected is not None else ""),
             f"folder    {self.output}/ (curve.png, metrics.csv, best.pt, last.pt, run.json)",
             f"validate  python classification/validate.py {self.output}",
         ]
+        if any(skipped.values()):
+            lines.insert(
+                1,
+                f"skipped   {skipped['training']} training and {skipped['validation']} validation pictures that cannot "
+                "be read; the lines above name them",
+            )
         if self.config.dataset == "mnist5k":
             lines.append(
                 "next      bash classification/dist_train.sh configs/classification/poolformer_s12.yaml "

@@ -1,19 +1,28 @@
 """Nothing lost, nothing let in: what is damaged, fails or is killed, and what a run makes of it."""
 
+import io
+import json
 import os
+import pickle
+import re
 import shutil
 import signal
+import subprocess
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data import create_dataset
 
+import data
 import train
 from conftest import EVERYTHING_RANDOM
 from metaformer import InputError
 from metaformer.weights import read_checkpoint
-from test_training import interrupt, losses, same_weights
+from test_training import interrupt, losses, same_weights, validated
 
 # Checkpoints
 
@@ -149,3 +158,215 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
         run()
     state = read_checkpoint(tmp_path / "run" / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 0)
+
+
+# Pictures
+
+GREY = (np.arange(40 * 50, dtype=np.uint32).reshape(40, 50) * 30).astype(np.uint16)
+"""16 bits, most of them above 255."""
+
+
+def pixels(folder, name: str, content: Image.Image | bytes, **options) -> np.ndarray | data.Unreadable:
+    """What the loader makes of a picture before the transforms, as the only one of its class."""
+    (folder / "train" / "a").mkdir(parents=True)
+    file = folder / "train" / "a" / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        content.save(file, **options)
+    images = data.Images(create_dataset("", root=str(folder), split="train"), np.asarray, seed=0)
+    result = images[0, 0]
+    return result if isinstance(result, data.Unreadable) else result[0]
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def drawn(mode: str = "RGB", size: tuple[int, int] = (50, 40)) -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.BICUBIC).convert(mode)
+
+
+def test_16_bits_keep_their_greys(tmp_path):
+    found = pixels(tmp_path, "grey.png", Image.fromarray(GREY))
+    assert np.array_equal(found, np.repeat((GREY >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1"])
+def test_other_modes_become_rgb(mode, tmp_path):
+    picture = drawn(mode)
+    assert np.array_equal(pixels(tmp_path, "picture.png", picture), np.asarray(picture.convert("RGB")))
+
+
+def test_cmyk_is_the_picture_and_not_its_negative(tmp_path):
+    found = pixels(tmp_path, "picture.jpg", drawn("CMYK"), quality=95)
+    assert np.abs(found.astype(int) - np.asarray(drawn())).mean() < 5
+
+
+def test_the_first_picture_of_an_animation_is_used(tmp_path):
+    first, second = drawn(), Image.new("RGB", (50, 40), "red")
+    found = pixels(tmp_path, "moves.png", first, save_all=True, append_images=[second])
+    assert np.array_equal(found, np.asarray(first))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
+def test_the_content_counts_and_not_the_ending(kind, tmp_path):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(drawn(), kind, **options)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.array_equal(pixels(tmp_path, "picture.jpg", content), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "UnidentifiedImageError"),
+        (b"no picture", "UnidentifiedImageError"),
+        (encoded(drawn(), "JPEG")[:-100], "OSError: image file is truncated"),
+        (encoded(drawn(), "PNG")[:500], "OSError: .*truncated"),
+        (encoded(drawn("F"), "TIFF"), "ValueError: pixels of mode F, in which no number is white"),
+        (encoded(Image.fromarray(np.full((4, 5), 70000, dtype=np.int32)), "TIFF"), "ValueError: pixels of mode I, "),
+        (encoded(Image.new("1", (14000, 14000)), "PNG"), "DecompressionBombError"),
+    ],
+)
+def test_what_cannot_be_read_is_named(content, reason, tmp_path):
+    found = pixels(tmp_path, "picture.png", content)
+    assert found.name == str(tmp_path / "train" / "a" / "picture.png")
+    assert re.match(reason, found.reason)
+
+
+NAMES = ["with space.png", "100%s.png", "quote'\".png", "-rf.png", "ünï 図.png", "two\nlines.png", "x" * 251 + ".png",
+         os.fsdecode(b"not-utf8-\xff.png"), "UPPER.PNG", ".hidden.png", "$(date).png", "a.b.jpg.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_file_names(name, tmp_path):
+    assert np.array_equal(pixels(tmp_path / "good", name, encoded(drawn(), "PNG")), np.asarray(drawn()))
+    found = pixels(tmp_path / "bad", name, b"")
+    assert found.name.isprintable()
+    assert name in found.name or repr(name)[1:-1] in found.name
+    assert (found.name + found.reason).encode()  # it can be printed
+
+
+def copied(pictures, root):
+    """A data folder of one's own to spoil."""
+    shutil.copytree(pictures, root)
+    return root
+
+
+def test_pictures_of_any_size_are_used(run, pictures, tmp_path):
+    root = copied(pictures, tmp_path / "data")
+    for split in ("train", "val"):
+        drawn(size=(1, 1)).save(root / split / "a" / "000.png")
+        Image.new("RGB", (1, 4000), "red").save(root / split / "b" / "000.png")
+        Image.new("RGB", (5000, 4000), "blue").save(root / split / "c" / "000.png")
+    folder = run(f"data_dir={root}", *EVERYTHING_RANDOM, "epochs=1")
+    assert json.loads((folder / "run.json").read_text())["skipped"] == {"training": 0, "validation": 0}
+
+
+def spoilt(pictures, root):
+    copied(pictures, root)
+    for name in ("train/a/001.png", "train/c/003.png", "val/b/002.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:100])
+    (root / "train/b/000.png").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_pictures_are_left_out_named_once_and_counted(workers, run, pictures, tmp_path, monkeypatch, capsys):
+    root = spoilt(pictures, tmp_path / "data")
+    sizes = []
+    original = train.Trainer.optimizer_step
+
+    def step(self, batches):
+        original(self, (sizes.append(len(labels)) or (images, labels) for images, labels in batches))
+
+    monkeypatch.setattr(train.Trainer, "optimizer_step", step)
+    settings = [f"data_dir={root}", "bad_pictures=skip", f"workers={workers}"]
+    folder = run(*settings)
+    printed = capsys.readouterr().out
+    for split, name in (("training", "train/a/001"), ("training", "train/b/000"), ("validation", "val/b/002")):
+        assert len(re.findall(rf"^skipped the {split} picture {root}/{name}.png \(\w+Error: ", printed, re.M)) == 1
+    assert "skipped   3 training and 1 validation pictures" in printed
+    assert "% of 8 held-out images" in printed
+    assert json.loads((folder / "run.json").read_text())["skipped"] == {"training": 3, "validation": 1}
+    assert len(sizes) == 12
+    assert sum(sizes) == 2 * (24 - 3)
+
+    # As if they were not there: the same pictures count, and nothing else.
+    (root / "val/b/002.png").unlink()
+    metrics = validated([str(folder), "bad_pictures=stop", f"data_dir={root}"], tmp_path / "without.json")["metrics"]
+    (root / "val/b/002.png").write_bytes(b"")
+    skipping = validated([str(folder), f"data_dir={root}"], tmp_path / "skipping.json")["metrics"]
+    assert {**metrics, "images_per_s": 0, "skipped": 1} == {**skipping, "images_per_s": 0}
+    assert (metrics["images"], metrics["skipped"]) == (8, 0)
+    assert f"skipped the picture {root}/val/b/002.png" in capsys.readouterr().out
+
+
+def test_skipping_is_exact_however_the_run_goes(run, pictures, tmp_path, monkeypatch):
+    root = spoilt(pictures, tmp_path / "data")
+    settings = [*EVERYTHING_RANDOM, f"data_dir={root}", "bad_pictures=skip"]
+    whole = run(*settings)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=2)
+        stopped = run(*settings, "workers=1", output="stopped", status=128 + signal.SIGTERM)
+    train.main(["stopped"])
+    assert same_weights(whole, stopped)
+    assert losses(whole) == losses(stopped)
+    assert read_checkpoint(whole / "last.pt")["skipped"].keys() == {"training", "validation"}
+    for split, names in read_checkpoint(whole / "last.pt")["skipped"].items():
+        assert set(names) == set(read_checkpoint(stopped / "last.pt")["skipped"][split])
+    # Stopped by the first of them, it goes on when they are to be skipped.
+    with pytest.raises(InputError, match="cannot use the picture"):
+        run(*settings[:-1], output="refused")
+    assert train.main(["refused", "bad_pictures=skip"]) == 0
+    assert same_weights(whole, tmp_path / "refused")
+
+
+def test_a_pass_without_pictures_stops_the_run(run, pictures, tmp_path):
+    root = copied(pictures, tmp_path / "data")
+    for picture in root.glob("train/*/*.png"):
+        picture.write_bytes(b"")
+    with pytest.raises(InputError, match=r"too few can be read: the last was .*/data/train/.*png; mend them or take"):
+        run(f"data_dir={root}", "bad_pictures=skip")
+    for picture in root.glob("val/*/*.png"):
+        picture.write_bytes(b"")
+    folder = run(f"data_dir={copied(pictures, tmp_path / 'good')}", "epochs=1", "bad_pictures=skip", output="good")
+    with pytest.raises(InputError, match="no picture of the validation split can be read"):
+        validated([str(folder), f"data_dir={root}"], tmp_path / "record.json")
+
+
+def test_links_in_a_tar_are_not_followed(run, pictures, tmp_path):
+    """Neither out of the archive nor within it: only what is a picture itself is one."""
+    secret = tmp_path / "secret.png"
+    drawn().save(secret)
+    for split in ("train", "val"):
+        root = copied(pictures / split, tmp_path / split)
+        (root / "a" / "link.png").symlink_to(secret)
+        (root / "b" / "up.png").symlink_to("../../secret.png")
+        os.link(root / "c" / "000.png", root / "c" / "hard.png")
+        subprocess.run(["tar", "cf", f"{tmp_path}/{split}.tar", "-C", str(root), "a", "b", "c"], check=True)
+    folder = run(f"data_dir={tmp_path}", "train_split=train.tar", "val_split=val.tar", "epochs=1")
+    record = json.loads((folder / "run.json").read_text())["data"]
+    assert (record["train_images"], record["val_images"]) == (24, 9)
+
+
+def test_an_index_of_tars_executes_nothing(run, pictures, tmp_path):
+    """timm keeps what it found in large tars as a pickle beside them, and takes what is there."""
+    marker = tmp_path / "executed"
+
+    class Executes:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    for split in ("train", "val"):
+        subprocess.run(["tar", "cf", f"{tmp_path}/{split}.tar", "-C", str(pictures / split), "a", "b", "c"], check=True)
+        (tmp_path / f"_{split}_tarinfos.pickle").write_bytes(pickle.dumps({"tartrees": [Executes()]}))
+    settings = [f"data_dir={tmp_path}", "train_split=train.tar", "val_split=val.tar"]
+    with pytest.raises(InputError, match=r"cannot open the split 'train.tar' .*is not permitted"):
+        run(*settings, "dataset_args={cache_tarinfo: true}")
+    assert not marker.exists()

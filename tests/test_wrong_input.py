@@ -12,7 +12,7 @@ import torch
 import train
 import validate
 from conftest import ROOT, TINY, draw
-from data import checked
+from data import Batch, checked
 from metaformer import InputError
 from metaformer.weights import read_checkpoint
 
@@ -104,15 +104,17 @@ def test_unreadable_picture_is_named(split, content, workers, run, pictures, tmp
     root = copied(pictures, tmp_path / "data")
     file = root / split / "b" / "001.png"
     file.write_bytes(file.read_bytes()[:200] if content == "truncated" else content)
-    with pytest.raises(InputError, match=rf"cannot use the picture {file} \(.*\): mend it or take it out") as error:
+    with pytest.raises(
+        InputError, match=rf"cannot use the picture {file} \(.*\): mend it, take it out, or leave "
+    ) as error:
         run(f"data_dir={root}", f"workers={workers}", "epochs=1")
     assert "\n" not in str(error.value)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_label_out_of_range():
-    batch = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 1])
-    assert list(checked(iter([batch]), num_classes=3)) == [batch]
+    batch = Batch(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 1]), [])
+    assert list(checked(iter([batch]), num_classes=3)) == [batch[:2]]
     with pytest.raises(InputError, match="the data have a label 2, but num_classes is 2"):
         list(checked(iter([batch]), num_classes=2))
 
