@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from config import Config
 from distributed import STOP_SIGNALS, Processes
-from metaformer.errors import InputError
+from metaformer.errors import InputError, MachineError
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}
 
@@ -335,6 +336,20 @@ def ignore_signals(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ignore_once)
+
+
+@contextmanager
+def naming_killed_loaders() -> Iterator[None]:
+    """Where a loader's process dies, PyTorch raises in whatever the main one is doing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise MachineError(
+            f"a process of the loader has died ({' '.join(str(error).split())}), for lack of memory most often: "
+            "continue or repeat the run, with fewer workers= if it happens again"
+        ) from error
 
 
 def shut_down(*loaders: DataLoader) -> None:

@@ -40,6 +40,7 @@ from data import (
     Unreadable,
     checked,
     load_data,
+    naming_killed_loaders,
     seed_everything,
     shut_down,
     train_loader,
@@ -333,9 +334,10 @@ class Trainer:
         self.write_record("running")
         self.write_metrics()
         try:
-            while self.epoch < self.epochs:
-                self.train_epoch()
-                self.end_epoch(evaluate(**self.evaluation()))
+            with naming_killed_loaders():
+                while self.epoch < self.epochs:
+                    self.train_epoch()
+                    self.end_epoch(evaluate(**self.evaluation()))
         except Interrupted:
             self.save_state()
             self.write_record("stopped")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import metaformer
 from config import Config, check, parse_overrides
-from data import Unreadable, checked, load_validation, shut_down, val_loader
+from data import Unreadable, checked, load_validation, naming_killed_loaders, shut_down, val_loader
 from distributed import Processes, join
 from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import provenance, sha256, write_json
@@ -175,15 +175,16 @@ def main() -> None:
     loader = val_loader(config, split, processes, workers)
     skipped: list[Unreadable] = []
     try:
-        metrics = evaluate(
-            model,
-            loader,
-            normaliser(config, processes.device),
-            autocast(config, processes.device),
-            processes,
-            lambda batches: tqdm(batches, total=len(loader), unit="batch", desc=config.model, disable=None),
-            skipped.extend if config.bad_pictures == "skip" else None,
-        )
+        with naming_killed_loaders():
+            metrics = evaluate(
+                model,
+                loader,
+                normaliser(config, processes.device),
+                autocast(config, processes.device),
+                processes,
+                lambda batches: tqdm(batches, total=len(loader), unit="batch", desc=config.model, disable=None),
+                skipped.extend if config.bad_pictures == "skip" else None,
+            )
     finally:
         shut_down(loader)
     skipped = [picture for part in processes.gather(skipped) for picture in part]

@@ -111,12 +111,12 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], previous: Path |
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        except (OSError, RuntimeError) as error:
             if beside.exists():
                 beside.unlink()
-            if isinstance(error, OSError):
-                raise
-            raise InputError(f"cannot write {path}: {error}") from error
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch.save has an error of its own after that of a full disk
+            raise
         if previous and path.exists():
             path.replace(previous)
         beside.replace(path)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 import zipfile
 
 import numpy as np
@@ -21,6 +22,8 @@ import data
 import train
 from conftest import EVERYTHING_RANDOM
 from metaformer import InputError
+from metaformer.errors import MachineError, run_command
+from metaformer.provenance import write_file
 from metaformer.weights import read_checkpoint
 from test_training import interrupt, losses, same_weights, validated
 
@@ -370,3 +373,98 @@ def test_an_index_of_tars_executes_nothing(run, pictures, tmp_path):
     with pytest.raises(InputError, match=r"cannot open the split 'train.tar' .*is not permitted"):
         run(*settings, "dataset_args={cache_tarinfo: true}")
     assert not marker.exists()
+
+
+# Machines
+
+
+def at_second_save(monkeypatch, action):
+    original, saved = train.Trainer.save_state, []
+
+    def save_state(self):
+        saved.append(1)
+        if len(saved) == 2:
+            action(self)
+        original(self)
+
+    monkeypatch.setattr(train.Trainer, "save_state", save_state)
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
+    whole = run()
+    with monkeypatch.context() as patch:
+        at_second_save(patch, lambda trainer: (trainer.output / "last.pt.tmp").symlink_to("/dev/full"))
+        with pytest.raises(InputError, match=r"^cannot write full/last.pt: No space left on device$"):
+            run(output="full")
+    record = json.loads((tmp_path / "full" / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", "cannot write full/last.pt: No space left on device")
+    assert read_checkpoint(tmp_path / "full" / "last.pt")["epoch"] == 1
+    assert train.main(["full"]) == 0
+    assert same_weights(whole, tmp_path / "full")
+    assert losses(whole) == losses(tmp_path / "full")
+
+
+@pytest.mark.parametrize("size", [0, 1000, 300_000, 600_000])
+def test_a_disk_that_fills_up_while_torch_saves_is_named(size, tmp_path):
+    """torch.save writes its end all the same, and then complains of the place where it is."""
+
+    class Full(io.BytesIO):
+        def write(self, content):
+            if self.tell() + len(content) > size:
+                raise OSError(28, "No space left on device")
+            return super().write(content)
+
+    def write(file):
+        torch.save({"a": torch.zeros(100_000), "b": torch.zeros(50_000)}, Full())
+
+    (tmp_path / "last.pt").write_bytes(b"before")
+    with pytest.raises(InputError, match=r"^cannot write .*/last.pt: No space left on device$"):
+        write_file(tmp_path / "last.pt", write, previous=tmp_path / "previous.pt")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"last.pt": b"before"}
+
+
+def test_where_the_record_cannot_be_written_the_first_error_is_the_one_said(run, tmp_path, monkeypatch):
+    def spoil(trainer):
+        (trainer.output / "run.json.tmp").mkdir()
+        with torch.no_grad():
+            trainer.model.stem.weight.fill_(float("nan"))
+
+    at_second_save(monkeypatch, spoil)
+    with pytest.raises(InputError, match=r"a weight was not finite at epoch 3, step 0; the last good checkpoint is"):
+        run("epochs=3")
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_path, monkeypatch):
+    whole = run(*EVERYTHING_RANDOM)
+    original = train.Trainer.optimizer_step
+
+    def step(self, batches):
+        original(self, batches)
+        if self.epoch == 1:
+            os.kill(self.train_loader._iterator._workers[0].pid, signal.SIGKILL)
+            time.sleep(60)  # until PyTorch has noticed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "optimizer_step", step)
+        with pytest.raises(MachineError, match=r"^a process of the loader has died \(.*killed by signal.*\), for lack"):
+            run(*EVERYTHING_RANDOM, "workers=1", output="killed")
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "failed"
+    assert train.main(["killed"]) == 0
+    assert same_weights(whole, tmp_path / "killed")
+
+
+def test_a_machine_that_fails_is_one_sentence_and_status_1(capsys):
+    def fail():
+        raise MachineError("a process has died: start again")
+
+    with pytest.raises(SystemExit) as end:
+        run_command(fail)
+    assert (end.value.code, capsys.readouterr().err) == (1, "error: a process has died: start again\n")
+
+
+def test_a_picture_that_vanishes_is_named(run, pictures, tmp_path, monkeypatch):
+    root = copied(pictures, tmp_path / "data")
+    at_second_save(monkeypatch, lambda trainer: (root / "train/b/003.png").unlink())
+    with pytest.raises(InputError, match=rf"cannot use the picture {root}/train/b/003.png \(FileNotFoundError: "):
+        run(f"data_dir={root}", "epochs=3", "workers=1")
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
