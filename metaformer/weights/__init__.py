@@ -157,6 +157,9 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
         state_dict = {**named_for(state_dict, model), **rest}
     state_dict = named_for(state_dict, model)
     classifier = next((f"{name}." for name, module in model.named_modules() if module is model.get_classifier()), "")
+    for name, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{source} is no checkpoint of a model: {name!r} is a {type(value).__name__}, no tensor")
     problems = differences(own, state_dict)
     other_head = {name for name in problems["of another shape"] if name.startswith(classifier)}
     problems["of another shape"] -= other_head
@@ -181,6 +184,11 @@ def differences(own: StateDict, given: StateDict) -> dict[str, set[str]]:
     return {
         "missing": own.keys() - given.keys(),
         "unexpected": given.keys() - own.keys(),
+        "of another kind of number": {
+            name
+            for name in own.keys() & given.keys()
+            if own[name].is_floating_point() != given[name].is_floating_point()
+        },
         "of another shape": {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape},
     }
 
