@@ -23,6 +23,8 @@ from metaformer.provenance import write_json
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("run.json", "validation.json", "result.json", "training.json")
 """What runs call their records."""
+DEEPEST = 50
+"""Nesting in a record; what runs write has less than ten."""
 
 Positive = Annotated[int, Field(ge=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -275,9 +277,20 @@ def load(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the record {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a result record: it is not JSON ({error})") from error
+    if depth(record) > DEEPEST:
+        raise InputError(f"{path} is not a result record: it is nested more than {DEEPEST} deep")
     return record
+
+
+def depth(value: Any) -> int:
+    """How deep lists and dictionaries are nested; without recursion, which has a limit of its own."""
+    levels, level = 0, [value]
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        levels += 1
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
+    return levels
 
 
 def parse(record: Any, path: Path) -> Record:

@@ -1,5 +1,7 @@
 """The settings of a run: one flat list of names, from a YAML file and from the command line."""
 
+import os
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metaformer.errors import InputError, nearest
+from metaformer.provenance import write_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "classification"
 DEMO = CONFIGS / "mnist.yaml"
@@ -37,6 +40,7 @@ class Config(BaseModel):
     dataset_args: dict[str, Any] = {}  # further arguments of timm.data.create_dataset
     num_classes: Positive | None = None  # for data that do not tell
     workers: Annotated[int, Field(ge=0)] | None = None  # loader processes per device; null: one per core
+    bad_pictures: Literal["stop", "skip"] = "stop"  # what cannot be read stops the run, or is left out and named
 
     # Input
     img_size: Annotated[int, Field(ge=32)] = 224
@@ -114,7 +118,7 @@ def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:
     path = default
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         path = Path(arguments.pop(0))
-        if path.is_dir():
+        if os.path.isdir(path):
             values = {"output": str(path), "resume": True}
             path = path / "config.yaml"
     if path is not None:
@@ -123,7 +127,7 @@ def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:
 
 
 def read_yaml(path: Path, may_have_base: bool = True) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         shipped = ", ".join(file.name for file in sorted(CONFIGS.glob("*.yaml")))
         raise InputError(
             f"there is no config {path}: give a YAML file, one of {CONFIGS}/ ({shipped}), or a run's folder"
@@ -132,7 +136,10 @@ def read_yaml(path: Path, may_have_base: bool = True) -> dict[str, Any]:
     if "base" in values:
         if not may_have_base:
             raise InputError(f"{path} is the base of another config and has a base itself: one level is the limit")
-        values = {**read_yaml(path.parent / values.pop("base"), may_have_base=False), **values}
+        base = values.pop("base")
+        if not isinstance(base, str):
+            raise InputError(f"base is {short(base)} in {path}: give the name of a file")
+        values = {**read_yaml(path.parent / base, may_have_base=False), **values}
     for key in values:
         check_key(str(key), str(path))
     return values
@@ -140,8 +147,10 @@ def read_yaml(path: Path, may_have_base: bool = True) -> dict[str, Any]:
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(path.read_bytes()) or {}
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from error
+    except Exception as error:  # PyYAML's own, and Python's for a date or number that is none
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}: a config is a list of lines `key: value`")
@@ -171,7 +180,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         check_key(key, "the command line")
         try:
             values[key] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+        except Exception:  # as in read_yaml
             values[key] = value
     return values
 
@@ -187,14 +196,22 @@ def check_key(key: str, source: str) -> None:
 
 def check(values: dict[str, Any], source: str) -> Config:
     try:
-        return Config(**values)
+        return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{key} is {first['input']!r} in {source}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            f"{key} is {short(first['input'])} in {source}: {first['msg'][0].lower()}{first['msg'][1:]}"
         ) from error
 
 
+def short(value: Any) -> str:
+    """A value as YAML gave it: a few lines can stand for more than the memory holds."""
+    form = reprlib.Repr()
+    form.maxlevel, form.maxstring, form.maxother = 1, 100, 100
+    return form.repr(value)
+
+
 def save_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_file(path, lambda file: file.write(text.encode()))

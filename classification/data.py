@@ -8,7 +8,8 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from config import Config
 from distributed import STOP_SIGNALS, Processes
-from metaformer.errors import InputError
+from metaformer.errors import InputError, MachineError
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}
 
@@ -37,10 +38,18 @@ class Data(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """Stands in a batch for a picture that could not be read or transformed, up to the process that can report it."""
+    """Stands for a picture that could not be read or transformed, up to the process that can report it."""
 
     name: str
     reason: str
+
+
+class Batch(NamedTuple):
+    """Images uint8 (B, 3, H, W) and labels (B,) of the pictures that could be read, perhaps none, and the others."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[Unreadable]
 
 
 def seed_everything(*entropy: int) -> None:
@@ -208,33 +217,63 @@ class Images(Dataset):
             image, label = self._read(index)
             return self.transform(image), label
         except Exception as error:  # decoders fail in their own ways; the batch carries the failure to the main process
-            return Unreadable(self._name(index), f"{type(error).__name__}: {error}")
+            return Unreadable(printable(self._name(index)), printable(f"{type(error).__name__}: {error}"))
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if not hasattr(self.dataset, "reader"):
             image, label = self.dataset[index]
-            return image.convert("RGB"), int(label)
+            return to_rgb(image), int(label)
         # Past timm's ImageDataset, which puts the next picture in the place of one that it cannot read.
         file, label = self.dataset.reader[index]
         with file:
-            return Image.open(file).convert("RGB"), int(label)
+            return to_rgb(Image.open(file)), int(label)
 
     def _name(self, index: int) -> str:
         return self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "filename") else f"picture {index}"
 
 
-def collate(samples: list) -> tuple[Tensor, Tensor] | Unreadable:
-    """Images uint8 (B, 3, H, W) and labels (B,)."""
-    return next((sample for sample in samples if isinstance(sample, Unreadable)), None) or fast_collate(samples)
+def to_rgb(image: Image.Image) -> Image.Image:
+    """In 8 bits. Of 16-bit greys the upper ones: Pillow's own conversion would make all above 255 white.
+
+    Raises:
+        ValueError: the picture does not tell what number is white.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, in which no number is white")
+    return image.convert("RGB")
 
 
-def checked(batches: Iterator, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, unless one has an unreadable picture or a label out of range."""
-    for batch in batches:
-        if isinstance(batch, Unreadable):
-            raise InputError(f"cannot use the picture {batch.name} ({batch.reason}): mend it or take it out")
-        images, labels = batch
-        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+def printable(text: str) -> str:
+    """On one line, whatever characters are in the name of a file."""
+    return text if text.isprintable() else repr(text)
+
+
+def collate(samples: list) -> Batch:
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    images, labels = fast_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return Batch(images, labels, [sample for sample in samples if isinstance(sample, Unreadable)])
+
+
+def checked(
+    batches: Iterator[Batch], num_classes: int, skip: Callable[[list[Unreadable]], None] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels, unless a label is out of range.
+
+    Args:
+        skip: takes the pictures that are left out of a batch; without it an unreadable picture stops the run.
+    """
+    for images, labels, unreadable in batches:
+        if unreadable and skip is None:
+            name, reason = unreadable[0]
+            raise InputError(
+                f"cannot use the picture {name} ({reason}): mend it, take it out, or leave out all such pictures with "
+                "bad_pictures=skip"
+            )
+        if unreadable:
+            skip(unreadable)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             wrong = next(label for label in labels.tolist() if not 0 <= label < num_classes)
             raise InputError(f"the data have a label {wrong}, but num_classes is {num_classes}")
         yield images, labels
@@ -297,6 +336,20 @@ def ignore_signals(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ignore_once)
+
+
+@contextmanager
+def naming_killed_loaders() -> Iterator[None]:
+    """Where a loader's process dies, PyTorch raises in whatever the main one is doing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise MachineError(
+            f"a process of the loader has died ({' '.join(str(error).split())}), for lack of memory most often: "
+            "continue or repeat the run, with fewer workers= if it happens again"
+        ) from error
 
 
 def shut_down(*loaders: DataLoader) -> None:

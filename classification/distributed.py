@@ -46,6 +46,13 @@ class Processes:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def gather(self, value: object) -> list:
+        """The values of all processes."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def from_main(self, value: object) -> object:
         """The main process's value."""
         values = [value]

@@ -72,8 +72,9 @@ def report(error: ChildFailedError) -> int:
         return 128 - status
     details = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
     if isinstance(details, dict):
-        if status == 2 and not os.environ.get("METAFORMER_TRACEBACK"):
-            print(f"error: {details['message'].removeprefix('InputError: ')}", file=sys.stderr)
+        kind, _, sentence = details["message"].partition(": ")
+        if kind in ("InputError", "MachineError") and not os.environ.get("METAFORMER_TRACEBACK"):
+            print(f"error: {sentence}", file=sys.stderr)
         else:
             print(details["extraInfo"]["py_callstack"], file=sys.stderr)
     else:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import Config, check
-from data import Unreadable, transform
+from data import Unreadable, printable, to_rgb, transform
 from distributed import join
 from metaformer.errors import InputError, run_command
 from metaformer.weights import load_state, read_checkpoint, weights_of
@@ -44,9 +44,9 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[int, np.ndarray] | Unreadable:
         try:
             with Image.open(self.paths[index]) as picture:
-                return index, self.transform(ImageOps.exif_transpose(picture).convert("RGB"))
+                return index, self.transform(to_rgb(ImageOps.exif_transpose(picture)))
         except Exception as error:  # decoders fail in their own ways; the batch carries the failure to the main process
-            return Unreadable(str(self.paths[index]), f"{type(error).__name__}: {error}")
+            return Unreadable(printable(str(self.paths[index])), printable(f"{type(error).__name__}: {error}"))
 
 
 def collate(samples: list) -> tuple[list[int], Tensor | None, list[Unreadable]]:

@@ -5,16 +5,17 @@ python classification/train.py [CONFIG] [key=value ...]
 
 import csv
 import io
+import json
 import math
 import os
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,43 @@ from torch.utils.data import IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import Config, load_config, read_yaml, save_config
-from data import Data, TrainBatches, checked, load_data, seed_everything, shut_down, train_loader, val_loader
+from config import Config, check, load_config, read_yaml, save_config
+from data import (
+    Data,
+    TrainBatches,
+    Unreadable,
+    checked,
+    load_data,
+    naming_killed_loaders,
+    seed_everything,
+    shut_down,
+    train_loader,
+    val_loader,
+)
 from distributed import Processes, StopSignal, join
 from metaformer.errors import InputError, run_command
-from metaformer.provenance import provenance, write_file, write_json
+from metaformer.provenance import provenance, write_file, write_json, writing
 from metaformer.weights import read_checkpoint
 from validate import autocast, build_model, evaluate, normaliser, precision_on, released_weights, with_input_of
 
-MAY_CHANGE = {"output", "resume", "workers", "log_interval", "data_dir", "expected_top1"}
+MAY_CHANGE = {"output", "resume", "workers", "bad_pictures", "log_interval", "data_dir", "expected_top1"}
 """Settings that may differ when a run continues: they leave what it computes as it is."""
+
+
+STATE = {
+    "state_dict",
+    "optimizer",
+    "amp_scaler",
+    "epoch",
+    "step",
+    "history",
+    "starts",
+    "loss_sum",
+    "skipped",
+    "seconds",
+    "wall_s",
+}
+"""What a run needs to continue."""
 
 
 class Diverged(InputError):
@@ -77,7 +105,8 @@ def open_output(config: Config, processes: Processes) -> Path:
     """The run's folder, made or found by the main process.
 
     Raises:
-        InputError: it holds a run that was not asked to continue, or with other settings; it cannot be written.
+        InputError: it holds a run that was not asked to continue, or with other settings, or whose checkpoints are
+            damaged; it cannot be written.
     """
     if not processes.is_main:
         return processes.from_main(None)
@@ -88,20 +117,52 @@ def open_output(config: Config, processes: Processes) -> Path:
     if (output / "config.yaml").is_file():
         if not config.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             raise InputError(f"{output} already holds a run: add --resume to continue it, or give another output=")
-        before, now = read_yaml(output / "config.yaml"), config.model_dump(mode="json")
+        path = output / "config.yaml"
+        before, now = check(read_yaml(path), str(path)).model_dump(mode="json"), config.model_dump(mode="json")
         for key in now:
-            if key not in MAY_CHANGE and before.get(key) != now[key]:
+            if key not in MAY_CHANGE and before[key] != now[key]:
                 raise InputError(
-                    f"{output} was trained with {key}={before.get(key)} and cannot continue with {key}={now[key]}: "
+                    f"{output} was trained with {key}={before[key]} and cannot continue with {key}={now[key]}: "
                     "give its own settings, or another output="
                 )
+        with writing(output):
+            for partial in output.glob("*.tmp"):  # of a process that was killed
+                partial.unlink()
+            mend_checkpoint(output)
     else:
-        try:
+        with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-            save_config(config, output / "config.yaml")
-        except OSError as error:
-            raise InputError(f"cannot write to the output folder {output}: {error.strerror}") from error
+        save_config(config, output / "config.yaml")
     return processes.from_main(output)
+
+
+def mend_checkpoint(output: Path) -> None:
+    """Put the previous checkpoint in the place of one that is damaged, and say so.
+
+    The damaged one goes, so that the next to be saved does not push out the good one.
+
+    Raises:
+        InputError: the previous one cannot take its place.
+    """
+    last, previous = output / "last.pt", output / "previous.pt"
+    problem = flaw(last)
+    if problem is None or (problem == "missing" and not previous.exists()):  # nothing was saved yet
+        return
+    if other := flaw(previous):
+        raise InputError(f"{last} is {problem} and {previous} is {other}: start again with another output=")
+    print(f"warning: {last} is {problem}: {previous} takes its place", file=sys.stderr)
+    previous.replace(last)
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """What keeps a run from continuing from a file, if anything does."""
+    if not checkpoint.is_file():
+        return "missing"
+    try:
+        state = read_checkpoint(checkpoint)
+    except InputError:
+        return "damaged"
+    return None if state.keys() >= STATE else "not the checkpoint of a run"
 
 
 class Trainer:
@@ -193,6 +254,8 @@ class Trainer:
         self.earlier_seconds = 0.0  # of earlier starts
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # over the passes of this epoch
         self.bad_step = torch.full((), -1, device=device)
+        self.unreadable: list[tuple[str, Unreadable]] = []  # split and picture, since the processes last met
+        self.skipped: dict[str, list[str]] = {"training": [], "validation": []}  # names of pictures, by split
         self.output = open_output(config, processes)
         if (self.output / "last.pt").is_file():
             self.load(read_checkpoint(self.output / "last.pt"))
@@ -209,6 +272,7 @@ class Trainer:
             "history": self.history,
             "starts": self.starts,
             "loss_sum": self.loss_sum.item(),
+            "skipped": self.skipped,
             "seconds": self.seconds,
             "wall_s": self.wall_seconds(),
         }
@@ -236,15 +300,25 @@ class Trainer:
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.starts = [*state["starts"], *self.starts]
         self.seconds, self.earlier_seconds = state["seconds"], state["wall_s"]
+        self.skipped = state["skipped"]
         if self.processes.is_main:
             self.loss_sum.fill_(state["loss_sum"])
 
     def wall_seconds(self) -> float:
         return self.earlier_seconds + time.time() - self.started
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
+    def save(self, name: str, content: dict[str, Any], previous: Path | None = None) -> None:
         if self.processes.is_main:
-            write_file(self.output / name, lambda file: torch.save(state, file))
+            write_file(self.output / name, lambda file: torch.save(content, file), previous)
+
+    def save_state(self) -> None:
+        """Save what continues the run, after the events up to there, so that they have no gap when it is killed."""
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            self.diverge(f"a weight was not finite at epoch {self.epoch + 1}, step {self.step}")
+        if self.board:
+            with writing(self.output):
+                self.board.flush()
+        self.save("last.pt", self.state(), previous=self.output / "previous.pt")
 
     # Training
 
@@ -262,12 +336,14 @@ class Trainer:
             disable=None if main else True,  # None: only where a person watches
         )
         self.write_record("running")
+        self.write_metrics()
         try:
-            while self.epoch < self.epochs:
-                self.train_epoch()
-                self.end_epoch(evaluate(**self.evaluation()))
+            with naming_killed_loaders():
+                while self.epoch < self.epochs:
+                    self.train_epoch()
+                    self.end_epoch(evaluate(**self.evaluation()))
         except Interrupted:
-            self.save("last.pt", self.state())
+            self.save_state()
             self.write_record("stopped")
             name = signal.Signals(self.stop.received).name
             self.say(
@@ -276,16 +352,26 @@ class Trainer:
             )
             return 128 + self.stop.received
         except Exception as error:
-            self.write_record("diverged" if isinstance(error, Diverged) else "failed", str(error))
+            with suppress(InputError):  # where nothing can be written, the first error still says why
+                self.write_record("diverged" if isinstance(error, Diverged) else "failed", str(error))
             raise
         finally:
             shut_down(self.train_loader, self.val_loader)
             self.bar.close()
             if self.board:
-                self.board.close()
+                with writing(self.output):
+                    self.board.close()
         self.write_record("finished")
         self.say_result()
         return 0
+
+    def end(self) -> None:
+        """Of a run with nothing left to train: what was left to write, if it was killed after its last checkpoint."""
+        self.say(f"{self.output} is finished")
+        if self.processes.is_main and not is_finished(self.output / "run.json"):
+            self.write_metrics()
+            self.write_record("finished")
+        self.say_result()
 
     def train_epoch(self) -> None:
         """The rest of this epoch, from the step where it stands."""
@@ -318,9 +404,9 @@ class Trainer:
         self.batches.epoch, self.batches.first_step = self.epoch, self.step
         dataset = self.data.train
         if not isinstance(dataset, IterableDataset):
-            return checked(iter(self.train_loader), self.data.num_classes)
+            return checked(iter(self.train_loader), self.data.num_classes, self.skip_in("training"))
         dataset.set_epoch(self.epoch)
-        batches = checked(iter(self.train_loader), self.data.num_classes)
+        batches = checked(iter(self.train_loader), self.data.num_classes, self.skip_in("training"))
         return islice(batches, self.step * self.passes, None)  # a stream can only be read up to where it stood
 
     def optimizer_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -329,6 +415,13 @@ class Trainer:
             if images is None:
                 raise InputError(
                     f"the data ended at step {self.step + 1} of {self.steps}: its num_samples is too large"
+                )
+            if self.mix and len(labels) % 2:  # a picture was skipped, and Mixup pairs them
+                images, labels = images[:-1], labels[:-1]
+            if not len(labels):
+                raise InputError(
+                    f"of the pictures of a pass in epoch {self.epoch + 1}, step {self.step + 1}, too few can be read: "
+                    f"the last was {self.unreadable[-1][1].name}; mend them or take them out"
                 )
             number = turn * self.processes.world + self.processes.rank
             seed_everything(self.config.seed, self.epoch, self.step, number)
@@ -356,10 +449,30 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model)
 
+    def skip_in(self, split: str) -> Callable[[list[Unreadable]], None] | None:
+        """What notes the pictures that are skipped, if they are to be skipped.
+
+        The mean of a pass is then that of the pictures left, and every pass still counts the same.
+        """
+        if self.config.bad_pictures == "stop":
+            return None
+        return lambda unreadable: self.unreadable.extend((split, picture) for picture in unreadable)
+
+    def gather_skipped(self) -> None:
+        """Name the pictures that any process has skipped, each once in a run."""
+        if self.config.bad_pictures == "stop":
+            return
+        for split, (name, reason) in chain.from_iterable(self.processes.gather(self.unreadable)):
+            if name not in self.skipped[split]:
+                self.skipped[split].append(name)
+                self.say(f"skipped the {split} picture {name} ({reason})")
+        self.unreadable = []
+
     def gather_loss(self) -> None:
         """The sum of all processes into the main one's; stops the run if a loss was not finite."""
         total = self.processes.sum(self.loss_sum)
         self.loss_sum.fill_(total.item() if self.processes.is_main else 0)
+        self.gather_skipped()
         bad_step = self.processes.max(int(self.bad_step))
         if bad_step >= 0:
             self.diverge(f"the loss was not finite at epoch {self.epoch + 1}, step {bad_step + 1}")
@@ -377,6 +490,7 @@ class Trainer:
             "cast": self.cast,
             "processes": self.processes,
             "progress": self.interruptible,
+            "skip": self.skip_in("validation"),
         }
 
     def interruptible(self, batches: Iterable) -> Iterator:
@@ -386,6 +500,7 @@ class Trainer:
             yield batch
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
+        self.gather_skipped()
         if not math.isfinite(metrics["loss"]):
             self.diverge(f"the validation loss was not finite after epoch {self.epoch + 1}")
         row = {
@@ -402,12 +517,17 @@ class Trainer:
         self.history.append(row)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.loss_sum.zero_()
+        values = {f"val/{name.removeprefix('val_')}": row[name] for name in ("val_loss", "top1", "top5")}
+        self.add_scalars(values, self.epoch * self.steps)
         if is_best:
             self.save("best.pt", self.weights())
-        self.save("last.pt", self.state())
-        if self.processes.is_main:
-            self.write_curves(row)
-            self.write_record("running")
+        self.save_state()
+        self.write_metrics()
+        self.write_record("running")
+        self.say(
+            f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+            f"  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %  {row['images_per_s']:.0f} images/s"
+        )
 
     # Reports
 
@@ -422,24 +542,26 @@ class Trainer:
         images_per_s = self.step * self.config.global_batch / self.seconds
         self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{images_per_s:.0f}")
         step = self.epoch * self.steps + self.step
-        for name, value in [("train/loss", loss), ("train/lr", lr), ("train/images_per_s", images_per_s)]:
-            self.board.add_scalar(name, value, step)
+        self.add_scalars({"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s}, step)
 
-    def write_curves(self, row: dict[str, float]) -> None:
-        for name in ("val_loss", "top1", "top5"):
-            self.board.add_scalar(f"val/{name.removeprefix('val_')}", row[name], self.epoch * self.steps)
-        self.board.flush()
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        if not self.board:
+            return
+        with writing(self.output):
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def write_metrics(self) -> None:
+        """The epochs so far as metrics.csv and curve.png."""
+        if not self.processes.is_main or not self.history:
+            return
         table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=row.keys(), lineterminator="\n")
+        writer = csv.DictWriter(table, fieldnames=self.history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
         write_file(self.output / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
         figure = plot(self.history, self.output.name)
         write_file(self.output / "curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
-        self.say(
-            f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
-            f"  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %  {row['images_per_s']:.0f} images/s"
-        )
 
     def write_record(self, status: str, error: str | None = None) -> None:
         if not self.processes.is_main:
@@ -453,6 +575,7 @@ class Trainer:
             "model": self.config.model,
             "parameters": count(self.model),
             "data": self.data.summary,
+            "skipped": {split: len(names) for split, names in self.skipped.items()},
             "batch": {"global": self.config.global_batch, "device": self.device_batch, "passes": self.passes},
             "devices": self.processes.world,
             "lr": self.lr,
@@ -493,13 +616,21 @@ class Trainer:
     def say_result(self) -> None:
         best = max(self.history, key=lambda row: row["top1"])
         expected = self.config.expected_top1 if self.data.num_classes == 1000 else None
+        skipped = {split: len(names) for split, names in self.skipped.items()}
+        images = self.data.summary["val_images"] - skipped["validation"]
         lines = [
-            f"\ntop-1 {best['top1']:.2f} % of {self.data.summary['val_images']} held-out images "
+            f"\ntop-1 {best['top1']:.2f} % of {images} held-out images "
             f"(epoch {best['epoch']} of {self.epochs}, {self.wall_seconds() / 60:.1f} minutes)"
             + (f"; the paper reports {expected} % on ImageNet-1K" if expected is not None else ""),
             f"folder    {self.output}/ (curve.png, metrics.csv, best.pt, last.pt, run.json)",
             f"validate  python classification/validate.py {self.output}",
         ]
+        if any(skipped.values()):
+            lines.insert(
+                1,
+                f"skipped   {skipped['training']} training and {skipped['validation']} validation pictures that cannot "
+                "be read; the lines above name them",
+            )
         if self.config.dataset == "mnist5k":
             lines.append(
                 "next      bash classification/dist_train.sh configs/classification/poolformer_s12.yaml "
@@ -510,6 +641,14 @@ class Trainer:
 
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def is_finished(record: Path) -> bool:
+    """Whether a run's record says so."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8")).get("status") == "finished"
+    except (OSError, ValueError):  # none, or damaged
+        return False
 
 
 def plot(history: list[dict[str, float]], title: str) -> Figure:
@@ -538,8 +677,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainer = Trainer(config, processes)
     trainer.say_plan()
     if trainer.epoch >= trainer.epochs:
-        trainer.say(f"{trainer.output} is finished")
-        trainer.say_result()
+        trainer.end()
         return 0
     status = trainer.run()
     processes.leave()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import metaformer
 from config import Config, check, parse_overrides
-from data import checked, load_validation, shut_down, val_loader
+from data import Unreadable, checked, load_validation, naming_killed_loaders, shut_down, val_loader
 from distributed import Processes, join
 from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import provenance, sha256, write_json
@@ -102,12 +102,21 @@ def evaluate(
     cast: AbstractContextManager,
     processes: Processes,
     progress: Callable[[Iterable], Iterable] = iter,
+    skip: Callable[[list[Unreadable]], None] | None = None,
 ) -> dict[str, float]:
-    """top1 and top5 in percent, mean cross-entropy ``loss``, ``images`` and ``images_per_s``, over all processes."""
+    """top1 and top5 in percent, mean cross-entropy ``loss``, ``images`` and ``images_per_s``, over all processes.
+
+    ``skip`` as in :func:`data.checked`; the pictures left out count nowhere.
+
+    Raises:
+        InputError: a picture or label that :func:`data.checked` refuses, or no picture that can be read.
+    """
     model.eval()
     start = time.perf_counter()
     totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images
-    for images, labels in progress(checked(iter(loader), model.num_classes)):
+    for images, labels in progress(checked(iter(loader), model.num_classes, skip)):
+        if not len(labels):  # all of the batch was skipped
+            continue
         labels = labels.to(processes.device, non_blocking=True)
         with cast:
             logits = model(normalise(images))
@@ -116,6 +125,8 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)])
     loss, top1, top5, images = processes.sum(totals).tolist()
+    if not images:
+        raise InputError("no picture of the validation split can be read")
     seconds = time.perf_counter() - start
     return {
         "top1": 100 * top1 / images,
@@ -162,26 +173,33 @@ def main() -> None:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(processes.device, memory_format=layout)
     loader = val_loader(config, split, processes, workers)
+    skipped: list[Unreadable] = []
     try:
-        metrics = evaluate(
-            model,
-            loader,
-            normaliser(config, processes.device),
-            autocast(config, processes.device),
-            processes,
-            lambda batches: tqdm(batches, total=len(loader), unit="batch", desc=config.model, disable=None),
-        )
+        with naming_killed_loaders():
+            metrics = evaluate(
+                model,
+                loader,
+                normaliser(config, processes.device),
+                autocast(config, processes.device),
+                processes,
+                lambda batches: tqdm(batches, total=len(loader), unit="batch", desc=config.model, disable=None),
+                skipped.extend if config.bad_pictures == "skip" else None,
+            )
     finally:
         shut_down(loader)
+    skipped = [picture for part in processes.gather(skipped) for picture in part]
     if not processes.is_main:
         return
     config = config.model_copy(update={"precision": precision_on(config, processes.device)})
+    for name, reason in skipped:
+        print(f"skipped the picture {name} ({reason})")
+    metrics["skipped"] = len(skipped)
     record = result_record(config, path, summary, metrics, trained_here="config" in checkpoint)
     record_path = record_path or default_record_path(path, config.model)
     write_json(record_path, record)
     print(
         f"{config.model}: top-1 {metrics['top1']:.3f} %, top-5 {metrics['top5']:.3f} % of {metrics['images']} images, "
-        f"{metrics['images_per_s']:.1f} images/s; record: {record_path}"
+        f"{metrics['skipped']} skipped, {metrics['images_per_s']:.1f} images/s; record: {record_path}"
     )
 
 

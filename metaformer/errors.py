@@ -1,4 +1,4 @@
-"""Wrong input ends in one clear sentence and exit status 2, never in a traceback."""
+"""Wrong input ends in one clear sentence and exit status 2, a machine that fails in one and 1: never in a traceback."""
 
 import os
 import signal
@@ -13,6 +13,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one sentence that names it and the mend."""
 
 
+class MachineError(RuntimeError):
+    """The machine has failed, whatever the input. The message is one sentence that says what was lost and the mend."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the known name most like ``name``, or an empty string."""
     match = get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -22,6 +26,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit with its status; an ``InputError`` prints its sentence and exits with 2.
 
+    A ``MachineError`` does so with 1, as anything else does with a traceback.
+
     ``METAFORMER_TRACEBACK=1`` shows the traceback as well. Under torchrun the failure goes to its error file, so that
     the launcher can report the first failure of many workers once.
     """
@@ -30,14 +36,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        wrong_input = isinstance(error, InputError)
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             report_to_torchrun(error)
-        elif wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
+        elif isinstance(error, InputError | MachineError) and not os.environ.get("METAFORMER_TRACEBACK"):
             print(f"error: {error}", file=sys.stderr)
         else:
             traceback.print_exception(error)
-        sys.exit(2 if wrong_input else 1)
+        sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 def exit_on_input_error() -> None:

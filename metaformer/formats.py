@@ -56,45 +56,63 @@ FROM_HF: Rules = [
 ]
 
 
-def by(rules: Rules) -> Callable[[StateDict], StateDict]:
-    def rename(state_dict: StateDict) -> StateDict:
-        renamed = {}
-        for name, tensor in state_dict.items():
-            for pattern, replacement in rules:
-                name = re.sub(pattern, replacement, name)
-            renamed[name] = tensor
-        return renamed
+def renamed(state_dict: StateDict, rename: Callable[[str], str]) -> StateDict:
+    """The tensors under other names.
 
-    return rename
+    Raises:
+        InputError: two would have the same.
+    """
+    result: StateDict = {}
+    for name, tensor in state_dict.items():
+        new = rename(str(name))
+        if new in result:
+            raise InputError(f"the weights have two tensors that are {new!r} under other names: {name!r} is one")
+        result[new] = tensor
+    return result
+
+
+def by(rules: Rules) -> Callable[[StateDict], StateDict]:
+    def rename(name: str) -> str:
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return lambda state_dict: renamed(state_dict, rename)
 
 
 def to_official(state_dict: StateDict) -> StateDict:
     """The official code numbers what follows the stem: downsampling, position embedding and blocks of each stage."""
-    kinds = {(int(m[1]), m[2]) for name in state_dict if (m := re.match(r"stages\.(\d+)\.(\w+)", name))}
-    order = sorted(kinds, key=lambda kind: (kind[0], ("downsample", "position", "blocks").index(kind[1])))
+    parts = ("downsample", "position", "blocks")
+    pattern = re.compile(rf"stages\.(\d{{1,3}})\.({'|'.join(parts)})\.(.*)", re.DOTALL)
+    kinds = {(int(m[1]), m[2]) for name in state_dict if (m := pattern.match(str(name)))}
+    order = sorted(kinds, key=lambda kind: (kind[0], parts.index(kind[1])))
     places = {kind: i for i, kind in enumerate(order)}
-    renamed = {}
-    for name, tensor in state_dict.items():
-        if stage := re.match(r"stages\.(\d+)\.(\w+)\.(.*)", name):
+
+    def rename(name: str) -> str:
+        if stage := pattern.match(name):
             number, part, rest = int(stage[1]), stage[2], re.sub(r"layer_scale([12])$", r"layer_scale_\1", stage[3])
             name = f"network.{places[number, part]}.{'proj.' if part == 'downsample' else ''}{rest}"
-        renamed[re.sub(r"^stem\.", "patch_embed.proj.", name)] = tensor
-    return renamed
+        return re.sub(r"^stem\.", "patch_embed.proj.", name)
+
+    return renamed(state_dict, rename)
 
 
 def from_official(state_dict: StateDict) -> StateDict:
-    parts = {int(m[1]): m[2] for name in state_dict if (m := re.match(r"network\.(\d+)\.(proj|pos_embed|\d)", name))}
+    pattern = re.compile(r"network\.(\d{1,3})\.(proj|pos_embed|\d)")
+    parts = {int(m[1]): m[2] for name in state_dict if (m := pattern.match(str(name)))}
     stage, prefixes = 0, {}
     for place in sorted(parts):
         stage += parts[place] == "proj"
         kind = {"proj": "downsample", "pos_embed": "position"}.get(parts[place], "blocks")
         prefixes[place] = f"stages.{stage}.{kind}."
-    renamed = {}
-    for name, tensor in state_dict.items():
-        if place := re.match(r"network\.(\d+)\.(?:proj\.)?(.*)", name):
+
+    def rename(name: str) -> str:
+        place = re.match(r"(?s)network\.(\d{1,3})\.(?:proj\.)?(.*)", name)
+        if place and int(place[1]) in prefixes:
             name = prefixes[int(place[1])] + re.sub(r"layer_scale_([12])$", r"layer_scale\1", place[2])
-        renamed[re.sub(r"^patch_embed\.proj\.", "stem.", name)] = tensor
-    return renamed
+        return re.sub(r"^patch_embed\.proj\.", "stem.", name)
+
+    return renamed(state_dict, rename)
 
 
 def to_mmpretrain(state_dict: StateDict) -> StateDict:
@@ -111,7 +129,7 @@ def from_mmpretrain(state_dict: StateDict) -> StateDict:
 def from_toolbox(state_dict: StateDict) -> StateDict:
     """The trunk alone: heads and norms of the levels are those of another task."""
     trunk = re.compile(r"backbone\.(?=stem\.|stages\.)")
-    return {trunk.sub("", name, 1): tensor for name, tensor in state_dict.items() if trunk.match(name)}
+    return {trunk.sub("", str(name), 1): tensor for name, tensor in state_dict.items() if trunk.match(str(name))}
 
 
 def unchanged(state_dict: StateDict) -> StateDict:

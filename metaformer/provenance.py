@@ -7,7 +7,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,22 +86,40 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises InputError, which names ``path``, for what the system has against writing it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
     """Have ``write`` fill a file beside ``path``, then rename it: who reads ``path`` finds all of the old or the new.
+
+    Args:
+        previous: name that the old file keeps. Stopped between the two renamings, there is no ``path``, but this one.
 
     Raises:
         InputError: it cannot be written; the old file is still there.
     """
     beside = path.with_name(path.name + ".tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+    with writing(path):
+        try:
+            with beside.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            if beside.exists():
+                beside.unlink()
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch.save has an error of its own after that of a full disk
+            raise
+        if previous and path.exists():
+            path.replace(previous)
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-        beside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -166,12 +166,12 @@ def test_another_decoder_stands_behind_the_same_transforms(jpegs):
     dataset = open_split(config, "train", workers=0, is_training=True)
     batches = loader.equal_batches(12, 12, 12, 1, seed=0)
     trained_with = train_loader(config, dataset, batches, Processes(torch.device("cpu")), workers=0)
-    (expected, labels) = next(iter(trained_with))
+    expected, labels, _ = next(iter(trained_with))
     keys = next(iter(batches))
     augment = transform(config, is_training=True)
     for name in ("torchvision", "opencv"):
         images = loader.DecodedImages(dataset, augment, config.seed, loader.decoders(SIDE)[name])
-        found, found_labels = loader.collate([images[key] for key in keys])
+        found, found_labels, _ = loader.collate([images[key] for key in keys])
         assert torch.equal(found, expected)
         assert torch.equal(found_labels, labels)
 

@@ -160,13 +160,19 @@ def test_preprocessing_is_transformers_to_two_grey_levels(size, crop_pct):
 
 
 def test_all_kinds_of_pictures_are_read_as_by_transformers(tmp_path):
-    """Grey, with alpha, a palette, CMYK, turned, of one pixel: as its pipeline loads them."""
+    """Grey, with alpha, a palette, CMYK, turned, of one pixel: as its pipeline loads them.
+
+    But for 16 bits, which it cuts off at 255: there the upper 8 are the picture.
+    """
     config = Config(crop_pct=0.9, interpolation="bicubic")
     paths = draw_kinds(tmp_path)
     ours = predict.Pictures(paths, config)
     processor = PoolFormerImageProcessor(do_normalize=False, do_rescale=False)
     for index, path in enumerate(paths):
-        theirs = processor(load_image(str(path)), return_tensors="np", input_data_format="channels_first")
+        picture = load_image(str(path))
+        if path.name == "sixteen.png":
+            picture = Image.fromarray((np.asarray(Image.open(path)) >> 8).astype(np.uint8)).convert("RGB")
+        theirs = processor(picture, return_tensors="np", input_data_format="channels_first")
         difference = np.abs(np.asarray(ours[index][1]).astype(int) - np.rint(theirs["pixel_values"][0]).astype(int))
         assert difference.max() <= 2, path.name
         assert difference.mean() < 0.05, path.name

@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import zipfile
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +43,8 @@ def read_checkpoint(path: str | Path) -> dict:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise damaged(path) from error
+    if not intact(path):
+        raise damaged(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -60,6 +63,21 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
     return checkpoint
+
+
+def intact(path: Path) -> bool:
+    """Whether the records in a file of ``torch.save`` have the checksums beside them, which ``torch.load`` ignores.
+
+    The formats that PyTorch wrote before 1.6, and safetensors, have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as file:
+            stored = all(record.compress_type == zipfile.ZIP_STORED for record in file.infolist())
+            return stored and file.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError):
+        return False
 
 
 def fetch(url: str, folder: str | Path | None = None) -> Path:
@@ -139,6 +157,9 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
         state_dict = {**named_for(state_dict, model), **rest}
     state_dict = named_for(state_dict, model)
     classifier = next((f"{name}." for name, module in model.named_modules() if module is model.get_classifier()), "")
+    for name, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{source} is no checkpoint of a model: {name!r} is a {type(value).__name__}, no tensor")
     problems = differences(own, state_dict)
     other_head = {name for name in problems["of another shape"] if name.startswith(classifier)}
     problems["of another shape"] -= other_head
@@ -163,6 +184,11 @@ def differences(own: StateDict, given: StateDict) -> dict[str, set[str]]:
     return {
         "missing": own.keys() - given.keys(),
         "unexpected": given.keys() - own.keys(),
+        "of another kind of number": {
+            name
+            for name in own.keys() & given.keys()
+            if own[name].is_floating_point() != given[name].is_floating_point()
+        },
         "of another shape": {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape},
     }
 

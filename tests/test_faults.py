@@ -1,0 +1,470 @@
+"""Nothing lost, nothing let in: what is damaged, fails or is killed, and what a run makes of it."""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data import create_dataset
+
+import data
+import train
+from conftest import EVERYTHING_RANDOM
+from metaformer import InputError
+from metaformer.errors import MachineError, run_command
+from metaformer.provenance import write_file
+from metaformer.weights import read_checkpoint
+from test_training import interrupt, losses, same_weights, validated
+
+# Checkpoints
+
+
+def flip(path, at, bit=1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= bit
+    path.write_bytes(content)
+
+
+def place_of(path, tensor_bytes):
+    """Where the first of these bytes is in a file."""
+    return path.read_bytes().index(tensor_bytes)
+
+
+@pytest.fixture
+def two_epochs(run):
+    """A run of 3 epochs that was stopped in the third: last.pt is of that step, previous.pt of the second's end."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, after=8)
+        folder = run(*EVERYTHING_RANDOM, "epochs=3", output="stopped", status=128 + signal.SIGTERM)
+    assert [read_checkpoint(folder / name)["step"] for name in ("last.pt", "previous.pt")] == [2, 0]
+    return folder
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+    weights = {"a": torch.arange(1000.0), "b": torch.arange(7)}
+    torch.save(weights, tmp_path / "weights.pt")
+    assert all(torch.equal(value, weights[name]) for name, value in read_checkpoint(tmp_path / "weights.pt").items())
+    flip(tmp_path / "weights.pt", place_of(tmp_path / "weights.pt", weights["a"].numpy().tobytes()) + 1234)
+    assert not torch.equal(torch.load(tmp_path / "weights.pt")["a"], weights["a"])  # torch alone does not see it
+    with pytest.raises(InputError, match=r"weights.pt is not a checkpoint or is damaged"):
+        read_checkpoint(tmp_path / "weights.pt")
+
+
+def test_a_compressed_file_is_no_checkpoint(tmp_path):
+    """torch.save does not compress; a small file that unpacks to a large one is not read."""
+    torch.save({"a": torch.zeros(10)}, tmp_path / "weights.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "weights.pt") as given,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in given.infolist():
+            packed.writestr(record.filename, given.read(record))
+    with pytest.raises(InputError, match=r"packed.pt is not a checkpoint or is damaged"):
+        read_checkpoint(tmp_path / "packed.pt")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "another"])
+def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(damage, two_epochs, run, capsys):
+    whole = run(*EVERYTHING_RANDOM, "epochs=3")
+    last = two_epochs / "last.pt"
+    if damage == "flipped":
+        flip(last, place_of(last, read_checkpoint(last)["state_dict"]["head.weight"].numpy().tobytes()))
+    elif damage == "cut":
+        last.write_bytes(last.read_bytes()[:1000])
+    elif damage == "missing":  # killed between the two renamings
+        last.unlink()
+    else:
+        shutil.copy(two_epochs / "best.pt", last)
+    problem = {"missing": "missing", "another": "not the checkpoint of a run"}.get(damage, "damaged")
+    capsys.readouterr()
+    assert train.main(["stopped"]) == 0
+    error = capsys.readouterr().err
+    assert error == f"warning: stopped/last.pt is {problem}: stopped/previous.pt takes its place\n"
+    assert same_weights(whole, two_epochs)
+    assert losses(two_epochs) == losses(whole)
+    for tag in ("train/loss", "val/loss"):
+        events = [EventAccumulator(str(folder)).Reload().Scalars(tag) for folder in (whole, two_epochs)]
+        assert [(event.step, event.value) for event in events[0]] == [(event.step, event.value) for event in events[1]]
+
+
+def test_without_a_good_checkpoint_a_run_does_not_continue(two_epochs):
+    for name in ("last.pt", "previous.pt"):
+        flip(two_epochs / name, 5000)
+    before = {file.name: file.read_bytes() for file in two_epochs.iterdir()}
+    with pytest.raises(InputError, match=r"last.pt is damaged and .*previous.pt is damaged: start again with another"):
+        train.main(["stopped"])
+    (two_epochs / "previous.pt").unlink()
+    with pytest.raises(InputError, match=r"last.pt is damaged and .*previous.pt is missing: start again with another"):
+        train.main(["stopped"])
+    del before["previous.pt"]
+    assert {file.name: file.read_bytes() for file in two_epochs.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_does_not_push_out_the_good_one(two_epochs, monkeypatch):
+    """Between the renamings of the first save after the fall-back the folder still has a good one."""
+    flip(two_epochs / "last.pt", 5000)
+    good = (two_epochs / "previous.pt").read_bytes()
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["stopped"])
+    assert (two_epochs / "last.pt").read_bytes() == good
+
+
+def test_killed_after_the_last_checkpoint_a_run_is_completed(run):
+    whole = run("epochs=2")
+    metrics, record = (whole / "metrics.csv").read_text(), (whole / "run.json").read_text()
+    (whole / "metrics.csv").write_text("".join(metrics.splitlines(keepends=True)[:-1]))
+    (whole / "run.json").write_text(record.replace('"status": "finished"', '"status": "running"'))
+    (whole / "best.pt.tmp").write_bytes(b"half")
+    assert train.main([str(whole)]) == 0
+    assert (whole / "metrics.csv").read_text() == metrics
+    assert train.is_finished(whole / "run.json")
+    assert not list(whole.glob("*.tmp"))
+
+
+def test_a_run_begun_before_a_setting_existed_continues(two_epochs):
+    config = two_epochs / "config.yaml"
+    config.write_text(
+        "".join(line for line in config.read_text().splitlines(keepends=True) if "erase_count" not in line)
+    )
+    assert train.main(["stopped"]) == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
+    """Stopped by a signal right after the step that spoilt the weights, whose loss was still finite."""
+    original = train.Trainer.optimizer_step
+
+    def step(self, batches):
+        original(self, batches)
+        if self.epoch == 1:
+            with torch.no_grad():
+                self.model.stem.weight.fill_(float("inf"))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Trainer, "optimizer_step", step)
+    with pytest.raises(InputError, match=r"a weight was not finite at epoch 2, step 1; the last good checkpoint is"):
+        run()
+    state = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (state["epoch"], state["step"]) == (1, 0)
+
+
+# Pictures
+
+GREY = (np.arange(40 * 50, dtype=np.uint32).reshape(40, 50) * 30).astype(np.uint16)
+"""16 bits, most of them above 255."""
+
+
+def pixels(folder, name: str, content: Image.Image | bytes, **options) -> np.ndarray | data.Unreadable:
+    """What the loader makes of a picture before the transforms, as the only one of its class."""
+    (folder / "train" / "a").mkdir(parents=True)
+    file = folder / "train" / "a" / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        content.save(file, **options)
+    images = data.Images(create_dataset("", root=str(folder), split="train"), np.asarray, seed=0)
+    result = images[0, 0]
+    return result if isinstance(result, data.Unreadable) else result[0]
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def drawn(mode: str = "RGB", size: tuple[int, int] = (50, 40)) -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.BICUBIC).convert(mode)
+
+
+def test_16_bits_keep_their_greys(tmp_path):
+    found = pixels(tmp_path, "grey.png", Image.fromarray(GREY))
+    assert np.array_equal(found, np.repeat((GREY >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1"])
+def test_other_modes_become_rgb(mode, tmp_path):
+    picture = drawn(mode)
+    assert np.array_equal(pixels(tmp_path, "picture.png", picture), np.asarray(picture.convert("RGB")))
+
+
+def test_cmyk_is_the_picture_and_not_its_negative(tmp_path):
+    found = pixels(tmp_path, "picture.jpg", drawn("CMYK"), quality=95)
+    assert np.abs(found.astype(int) - np.asarray(drawn())).mean() < 5
+
+
+def test_the_first_picture_of_an_animation_is_used(tmp_path):
+    first, second = drawn(), Image.new("RGB", (50, 40), "red")
+    found = pixels(tmp_path, "moves.png", first, save_all=True, append_images=[second])
+    assert np.array_equal(found, np.asarray(first))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
+def test_the_content_counts_and_not_the_ending(kind, tmp_path):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(drawn(), kind, **options)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.array_equal(pixels(tmp_path, "picture.jpg", content), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "UnidentifiedImageError"),
+        (b"no picture", "UnidentifiedImageError"),
+        (encoded(drawn(), "JPEG")[:-100], "OSError: image file is truncated"),
+        (encoded(drawn(), "PNG")[:500], "OSError: .*truncated"),
+        (encoded(drawn("F"), "TIFF"), "ValueError: pixels of mode F, in which no number is white"),
+        (encoded(Image.fromarray(np.full((4, 5), 70000, dtype=np.int32)), "TIFF"), "ValueError: pixels of mode I, "),
+        (encoded(Image.new("1", (14000, 14000)), "PNG"), "DecompressionBombError"),
+    ],
+)
+def test_what_cannot_be_read_is_named(content, reason, tmp_path):
+    found = pixels(tmp_path, "picture.png", content)
+    assert found.name == str(tmp_path / "train" / "a" / "picture.png")
+    assert re.match(reason, found.reason)
+
+
+NAMES = ["with space.png", "100%s.png", "quote'\".png", "-rf.png", "ünï 図.png", "two\nlines.png", "x" * 251 + ".png",
+         os.fsdecode(b"not-utf8-\xff.png"), "UPPER.PNG", ".hidden.png", "$(date).png", "a.b.jpg.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_file_names(name, tmp_path):
+    assert np.array_equal(pixels(tmp_path / "good", name, encoded(drawn(), "PNG")), np.asarray(drawn()))
+    found = pixels(tmp_path / "bad", name, b"")
+    assert found.name.isprintable()
+    assert name in found.name or repr(name)[1:-1] in found.name
+    assert (found.name + found.reason).encode()  # it can be printed
+
+
+def copied(pictures, root):
+    """A data folder of one's own to spoil."""
+    shutil.copytree(pictures, root)
+    return root
+
+
+def test_pictures_of_any_size_are_used(run, pictures, tmp_path):
+    root = copied(pictures, tmp_path / "data")
+    for split in ("train", "val"):
+        drawn(size=(1, 1)).save(root / split / "a" / "000.png")
+        Image.new("RGB", (1, 4000), "red").save(root / split / "b" / "000.png")
+        Image.new("RGB", (5000, 4000), "blue").save(root / split / "c" / "000.png")
+    folder = run(f"data_dir={root}", *EVERYTHING_RANDOM, "epochs=1")
+    assert json.loads((folder / "run.json").read_text())["skipped"] == {"training": 0, "validation": 0}
+
+
+def spoilt(pictures, root):
+    copied(pictures, root)
+    for name in ("train/a/001.png", "train/c/003.png", "val/b/002.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:100])
+    (root / "train/b/000.png").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_pictures_are_left_out_named_once_and_counted(workers, run, pictures, tmp_path, monkeypatch, capsys):
+    root = spoilt(pictures, tmp_path / "data")
+    sizes = []
+    original = train.Trainer.optimizer_step
+
+    def step(self, batches):
+        original(self, (sizes.append(len(labels)) or (images, labels) for images, labels in batches))
+
+    monkeypatch.setattr(train.Trainer, "optimizer_step", step)
+    settings = [f"data_dir={root}", "bad_pictures=skip", f"workers={workers}"]
+    folder = run(*settings)
+    printed = capsys.readouterr().out
+    for split, name in (("training", "train/a/001"), ("training", "train/b/000"), ("validation", "val/b/002")):
+        assert len(re.findall(rf"^skipped the {split} picture {root}/{name}.png \(\w+Error: ", printed, re.M)) == 1
+    assert "skipped   3 training and 1 validation pictures" in printed
+    assert "% of 8 held-out images" in printed
+    assert json.loads((folder / "run.json").read_text())["skipped"] == {"training": 3, "validation": 1}
+    assert len(sizes) == 12
+    assert sum(sizes) == 2 * (24 - 3)
+
+    # As if they were not there: the same pictures count, and nothing else.
+    (root / "val/b/002.png").unlink()
+    metrics = validated([str(folder), "bad_pictures=stop", f"data_dir={root}"], tmp_path / "without.json")["metrics"]
+    (root / "val/b/002.png").write_bytes(b"")
+    skipping = validated([str(folder), f"data_dir={root}"], tmp_path / "skipping.json")["metrics"]
+    assert {**metrics, "images_per_s": 0, "skipped": 1} == {**skipping, "images_per_s": 0}
+    assert (metrics["images"], metrics["skipped"]) == (8, 0)
+    assert f"skipped the picture {root}/val/b/002.png" in capsys.readouterr().out
+
+
+def test_skipping_is_exact_however_the_run_goes(run, pictures, tmp_path, monkeypatch):
+    root = spoilt(pictures, tmp_path / "data")
+    settings = [*EVERYTHING_RANDOM, f"data_dir={root}", "bad_pictures=skip"]
+    whole = run(*settings)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=2)
+        stopped = run(*settings, "workers=1", output="stopped", status=128 + signal.SIGTERM)
+    train.main(["stopped"])
+    assert same_weights(whole, stopped)
+    assert losses(whole) == losses(stopped)
+    assert read_checkpoint(whole / "last.pt")["skipped"].keys() == {"training", "validation"}
+    for split, names in read_checkpoint(whole / "last.pt")["skipped"].items():
+        assert set(names) == set(read_checkpoint(stopped / "last.pt")["skipped"][split])
+    # Stopped by the first of them, it goes on when they are to be skipped.
+    with pytest.raises(InputError, match="cannot use the picture"):
+        run(*settings[:-1], output="refused")
+    assert train.main(["refused", "bad_pictures=skip"]) == 0
+    assert same_weights(whole, tmp_path / "refused")
+
+
+def test_a_pass_without_pictures_stops_the_run(run, pictures, tmp_path):
+    root = copied(pictures, tmp_path / "data")
+    for picture in root.glob("train/*/*.png"):
+        picture.write_bytes(b"")
+    with pytest.raises(InputError, match=r"too few can be read: the last was .*/data/train/.*png; mend them or take"):
+        run(f"data_dir={root}", "bad_pictures=skip")
+    for picture in root.glob("val/*/*.png"):
+        picture.write_bytes(b"")
+    folder = run(f"data_dir={copied(pictures, tmp_path / 'good')}", "epochs=1", "bad_pictures=skip", output="good")
+    with pytest.raises(InputError, match="no picture of the validation split can be read"):
+        validated([str(folder), f"data_dir={root}"], tmp_path / "record.json")
+
+
+def test_links_in_a_tar_are_not_followed(run, pictures, tmp_path):
+    """Neither out of the archive nor within it: only what is a picture itself is one."""
+    secret = tmp_path / "secret.png"
+    drawn().save(secret)
+    for split in ("train", "val"):
+        root = copied(pictures / split, tmp_path / split)
+        (root / "a" / "link.png").symlink_to(secret)
+        (root / "b" / "up.png").symlink_to("../../secret.png")
+        os.link(root / "c" / "000.png", root / "c" / "hard.png")
+        subprocess.run(["tar", "cf", f"{tmp_path}/{split}.tar", "-C", str(root), "a", "b", "c"], check=True)
+    folder = run(f"data_dir={tmp_path}", "train_split=train.tar", "val_split=val.tar", "epochs=1")
+    record = json.loads((folder / "run.json").read_text())["data"]
+    assert (record["train_images"], record["val_images"]) == (24, 9)
+
+
+def test_an_index_of_tars_executes_nothing(run, pictures, tmp_path):
+    """timm keeps what it found in large tars as a pickle beside them, and takes what is there."""
+    marker = tmp_path / "executed"
+
+    class Executes:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    for split in ("train", "val"):
+        subprocess.run(["tar", "cf", f"{tmp_path}/{split}.tar", "-C", str(pictures / split), "a", "b", "c"], check=True)
+        (tmp_path / f"_{split}_tarinfos.pickle").write_bytes(pickle.dumps({"tartrees": [Executes()]}))
+    settings = [f"data_dir={tmp_path}", "train_split=train.tar", "val_split=val.tar"]
+    with pytest.raises(InputError, match=r"cannot open the split 'train.tar' .*is not permitted"):
+        run(*settings, "dataset_args={cache_tarinfo: true}")
+    assert not marker.exists()
+
+
+# Machines
+
+
+def at_second_save(monkeypatch, action):
+    original, saved = train.Trainer.save_state, []
+
+    def save_state(self):
+        saved.append(1)
+        if len(saved) == 2:
+            action(self)
+        original(self)
+
+    monkeypatch.setattr(train.Trainer, "save_state", save_state)
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
+    whole = run()
+    with monkeypatch.context() as patch:
+        at_second_save(patch, lambda trainer: (trainer.output / "last.pt.tmp").symlink_to("/dev/full"))
+        with pytest.raises(InputError, match=r"^cannot write full/last.pt: No space left on device$"):
+            run(output="full")
+    record = json.loads((tmp_path / "full" / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", "cannot write full/last.pt: No space left on device")
+    assert read_checkpoint(tmp_path / "full" / "last.pt")["epoch"] == 1
+    assert train.main(["full"]) == 0
+    assert same_weights(whole, tmp_path / "full")
+    assert losses(whole) == losses(tmp_path / "full")
+
+
+@pytest.mark.parametrize("size", [0, 1000, 300_000, 600_000])
+def test_a_disk_that_fills_up_while_torch_saves_is_named(size, tmp_path):
+    """torch.save writes its end all the same, and then complains of the place where it is."""
+
+    class Full(io.BytesIO):
+        def write(self, content):
+            if self.tell() + len(content) > size:
+                raise OSError(28, "No space left on device")
+            return super().write(content)
+
+    def write(file):
+        torch.save({"a": torch.zeros(100_000), "b": torch.zeros(50_000)}, Full())
+
+    (tmp_path / "last.pt").write_bytes(b"before")
+    with pytest.raises(InputError, match=r"^cannot write .*/last.pt: No space left on device$"):
+        write_file(tmp_path / "last.pt", write, previous=tmp_path / "previous.pt")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"last.pt": b"before"}
+
+
+def test_where_the_record_cannot_be_written_the_first_error_is_the_one_said(run, tmp_path, monkeypatch):
+    def spoil(trainer):
+        (trainer.output / "run.json.tmp").mkdir()
+        with torch.no_grad():
+            trainer.model.stem.weight.fill_(float("nan"))
+
+    at_second_save(monkeypatch, spoil)
+    with pytest.raises(InputError, match=r"a weight was not finite at epoch 3, step 0; the last good checkpoint is"):
+        run("epochs=3")
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_path, monkeypatch):
+    whole = run(*EVERYTHING_RANDOM)
+    original = train.Trainer.optimizer_step
+
+    def step(self, batches):
+        original(self, batches)
+        if self.epoch == 1:
+            os.kill(self.train_loader._iterator._workers[0].pid, signal.SIGKILL)
+            time.sleep(60)  # until PyTorch has noticed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "optimizer_step", step)
+        with pytest.raises(MachineError, match=r"^a process of the loader has died \(.*killed by signal.*\), for lack"):
+            run(*EVERYTHING_RANDOM, "workers=1", output="killed")
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "failed"
+    assert train.main(["killed"]) == 0
+    assert same_weights(whole, tmp_path / "killed")
+
+
+def test_a_machine_that_fails_is_one_sentence_and_status_1(capsys):
+    def fail():
+        raise MachineError("a process has died: start again")
+
+    with pytest.raises(SystemExit) as end:
+        run_command(fail)
+    assert (end.value.code, capsys.readouterr().err) == (1, "error: a process has died: start again\n")
+
+
+def test_a_picture_that_vanishes_is_named(run, pictures, tmp_path, monkeypatch):
+    root = copied(pictures, tmp_path / "data")
+    at_second_save(monkeypatch, lambda trainer: (root / "train/b/003.png").unlink())
+    with pytest.raises(InputError, match=rf"cannot use the picture {root}/train/b/003.png \(FileNotFoundError: "):
+        run(f"data_dir={root}", "epochs=3", "workers=1")
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
