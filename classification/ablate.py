@@ -14,6 +14,7 @@ compares the rows.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -218,7 +219,22 @@ def visible_gpus(count: int) -> list[str]:
     return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
 
 
-def run_all(runs: list[Run], slots: Slots) -> int:
+@contextmanager
+def alone(output: Path) -> Iterator[int]:
+    """A lock on the folder, as a file descriptor that the runs inherit: it lasts until the last of them has ended.
+
+    Raises:
+        InputError: another study has it, or runs that outlived theirs.
+    """
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{output} has runs under way: wait for them or stop them") from error
+        yield lock.fileno()
+
+
+def run_all(runs: list[Run], slots: Slots, lock: int) -> int:
     """Run all of them; returns the exit status, 128 + the signal's number if one stopped the study."""
     waiting = deque(run for run in runs if not run.done)
     active: dict[int, tuple[Run, subprocess.Popen]] = {}
@@ -228,7 +244,7 @@ def run_all(runs: list[Run], slots: Slots) -> int:
         while active or (waiting and not stopped):
             while waiting and slots.free and not stopped:
                 slot, run = slots.free.popleft(), waiting.popleft()
-                active[slot] = run, start(run, slots.environment(slot))
+                active[slot] = run, start(run, slots.environment(slot), lock)
             time.sleep(PAUSE)
             if stopped:
                 for _, process in active.values():
@@ -255,11 +271,13 @@ def run_all(runs: list[Run], slots: Slots) -> int:
     return 0
 
 
-def start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
+def start(run: Run, environment: dict[str, str], lock: int) -> subprocess.Popen:
     with run.log.open("a", encoding="utf-8") as log:
         command = [sys.executable, str(TRAIN), *run.arguments]
         # A group of its own, so that a Ctrl-C reaches it once, from here.
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock]
+        )
 
 
 def outcome(run: Run) -> str:
@@ -347,7 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = submit_all(left, make_executor("slurm", str(output / "slurm"), options.partition, **of_each))
         print(f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
         return 0
-    return run_all(runs, slots)
+    with alone(output) as lock:
+        return run_all(runs, slots, lock)
 
 
 if __name__ == "__main__":

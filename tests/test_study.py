@@ -136,6 +136,19 @@ def test_a_failed_run_is_not_counted(study, data, tmp_path, capsys):
     assert "attention with 32 channels per head cannot divide 24" in (tmp_path / "out/pppa-0.log").read_text()
 
 
+def test_a_folder_has_one_study_at_a_time_and_waits_for_its_runs(study, data, tmp_path):
+    path = study()
+    ablate.prepare_output(tmp_path / "out", ablate.read_study(str(path))[1])
+    with ablate.alone(tmp_path / "out") as lock:
+        run = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+    with pytest.raises(InputError, match="out has runs under way: wait for them or stop them"):
+        ablated(path, data)
+    run.kill()
+    run.wait()
+    with ablate.alone(tmp_path / "out"):
+        pass
+
+
 def test_runs_are_jobs_of_their_own_on_a_cluster(study, data, tmp_path):
     recipe = ablate.prepare_output(tmp_path / "out", ablate.read_study(str(study()))[1])
     runs = ablate.make_runs("tiny", recipe, ["baseline"], [0], str(data), workers=0)
