@@ -133,9 +133,10 @@ def proxy() -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlim(left=-110)
     axes.set_xlabel("top-1 minus the baseline's, points (linear to 3, then logarithmic)")
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure
 
 
