@@ -1,4 +1,4 @@
-"""Result records: what validate.py, train.py, benchmark.py and the toolboxes' runs measured, checked and collected.
+"""Result records: what training, validation, benchmarks, campaigns of faults and the toolboxes' runs gave, checked.
 
 python analysis/records.py RECORD_OR_RUN_OR_WORK_DIR...
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import write_json
@@ -26,6 +26,7 @@ DEEPEST = 50
 """Nesting in a record; what runs write has less than ten."""
 
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -197,7 +198,30 @@ class Benchmark(Provenance):
         return self.hardware.device if self.settings.device == "cuda" else self.hardware.processor
 
 
-Record = Classification | Detection | Segmentation | Training | Benchmark
+class Fault(Part):
+    fault: str
+    tried: Count
+    survived: Count
+    lost: Count
+    seeds: list[int]
+    """Of those lost."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Fault":
+        if self.survived + self.lost != self.tried or len(self.seeds) != self.lost:
+            raise ValueError("survived and lost are not those tried")
+        return self
+
+
+class Faults(Provenance):
+    kind: Literal["faults"]
+    model: str
+    rounds: Positive
+    seed: Count
+    faults: Annotated[list[Fault], Field(min_length=1)]
+
+
+Record = Classification | Detection | Segmentation | Training | Benchmark | Faults
 SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 

@@ -355,7 +355,7 @@ def table(root: Path, name: str) -> pd.DataFrame:
 def test_writes_all_tables_and_then_nothing_changes(root, capsys):
     assert make_tables.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [*TABLES, "claims", "cost", "speed"]
+    assert [line.partition(":")[0] for line in lines] == [*TABLES, "claims", "cost", "speed", "faults"]
     assert len(list((root / "analysis/tables").iterdir())) == 3 * len(lines)
     for line in lines:
         assert line in (root / "analysis/README.md").read_text()
