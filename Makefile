@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := .venv/.installed
 OPS := mmcv-torchvision-ops
 
-.PHONY: install demo test tables lint
+.PHONY: install demo test faults tables lint
 
 install: $(READY)
 
@@ -26,6 +26,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Training runs that are killed or fail, and files that are corrupted; ARGS="--rounds N" for how often.
+faults: $(READY)
+	$(BIN)/python tests/faults.py $(ARGS)
 
 # The paper's tables; ARGS=--check only looks whether they are up to date.
 tables: $(READY)

@@ -2,9 +2,9 @@
 
 python analysis/make_tables.py [TABLE...] [--format md,csv,tex] [--check]
 
-TABLE is one of table1 to table7, claims, cost, speed, loader, proxy and conclusions; all of them by default. Writes
-analysis/tables/ and the marked sections of the README files, and prints a line for each table. --check writes nothing,
-and fails if anything would change.
+TABLE is one of table1 to table7, claims, cost, speed, loader, proxy, conclusions and faults; all of them by default.
+Writes analysis/tables/ and the marked sections of the README files, and prints a line for each table. --check writes
+nothing, and fails if anything would change.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from metaformer.errors import InputError, nearest, run_command
 from metaformer.provenance import write_file
 from metaformer.variants import POOLFORMERS, VARIANTS
 from proxy import ROWS, Interval, Results, statements
-from records import Benchmark, Contestant, Loading, Record, Spread, Timed, Training, read_record
+from records import Benchmark, Contestant, Faults, Loading, Record, Spread, Timed, Training, read_record
 
 FORMATS = ("md", "csv", "tex")
 TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\varepsilon$"}  # noqa: RUF001
@@ -172,14 +172,13 @@ class Measured:
         self.benchmarks: dict[str, list[Benchmark]] = defaultdict(list)
         self.loaders: list[Loading] = []
         self.studies: dict[str, Results] = {}
+        self.campaigns: list[Faults] = []
         self.problems: list[str] = []
         of_studies: dict[str, list[Training]] = defaultdict(list)
         for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*/*.json")):
             try:
                 record = read_record(path)
-                if isinstance(record, Loading):
-                    self.loaders.append(record)
-                elif isinstance(record, Training) and record.settings.study:
+                if isinstance(record, Training) and record.settings.study:
                     of_studies[record.settings.study].append(record)
                 else:
                     self._place(path, record)
@@ -192,6 +191,12 @@ class Measured:
                 self.problems.append(str(error))
 
     def _place(self, path: Path, record: Record) -> None:
+        if isinstance(record, Faults):
+            self.campaigns.append(record)
+            return
+        if isinstance(record, Loading):
+            self.loaders.append(record)
+            return
         # The first table that has the model: all of Table 5's baseline's figures are Table 2's.
         names = {key_of(row["build"]): (table, row) for table, row in reversed(list(built_rows()))}
         if record.model not in names:
@@ -516,6 +521,28 @@ def speed(measured: Measured) -> Table:
     return Table("speed", "Speed and memory of the forms of a model, in benchmarks on one device", rows, notes)
 
 
+def faults(measured: Measured) -> Table:
+    """The latest campaign."""
+    columns, notes = ("tried", "survived", "lost"), []
+    rows = [{"fault": NOTHING, "tried": NOT_MEASURED, "survived": NOTHING, "lost": NOTHING}]
+    if measured.campaigns:
+        record = max(measured.campaigns, key=lambda record: record.date)
+        rows = [
+            {"fault": row.fault, **{column: str(getattr(row, column)) for column in columns}} for row in record.faults
+        ]
+        rows.append({"fault": "all", **{column: str(sum(int(row[column]) for row in rows)) for column in columns}})
+        notes = [f"{record.date[:10]}, {record.hardware.processor}: `{record.command}`."]
+    notes = [
+        "A run that was killed or failed has survived if it then continues and ends as one that was left alone, with "
+        "the same weights, optimizer, curve and events to the last bit, in float32 on a CPU.",
+        "What was corrupted has survived if it is refused in one sentence or read as before, and nothing in it is "
+        "executed. Where a format has no checksums (configs, records, the numbers in safetensors), what is wrong but "
+        "well-formed cannot be told; tests/faults.py says what is tried.",
+        *notes,
+    ]
+    return Table("faults", "Faults tried on training runs and on what they read", rows, notes)
+
+
 def speed_rows(record: Benchmark) -> list[Row]:
     """A row for each contestant in each task of a benchmark."""
     settings, full = record.settings, paper()["table2"]["data"]
@@ -720,7 +747,7 @@ MAKERS = {
     maker.__name__: maker
     for maker in (
         *(table1, table2, table3, table4, table5, table6, table7),
-        *(claims, cost, speed, loader, proxy, conclusions),
+        *(claims, cost, speed, loader, proxy, conclusions, faults),
     )
 }
 
@@ -834,6 +861,9 @@ def readme_sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[
         sections["README.md", "speed"] = markdown(pd.DataFrame(rows)) if rows else "Not measured yet."
     if "conclusions" in tables:
         sections["README.md", "conclusions"] = verdicts(tables["conclusions"], measured)
+    if "faults" in tables:
+        text = render(tables["faults"], "md").partition("\n\n")[2].partition("\n\n")[0]
+        sections["README.md", "faults"] = text if measured.campaigns else "Not measured yet."
     if tables.keys() == MAKERS.keys():
         summary = "\n".join(f"- {table.summary()}" for table in tables.values())
         sections["analysis/README.md", "summary"] = summary

@@ -1,4 +1,4 @@
-"""Result records: what train.py, validate.py, benchmark.py, loader.py and the toolboxes measured, checked, collected.
+"""Result records: what runs, benchmarks, studies, campaigns of faults and the toolboxes measured, checked.
 
 python analysis/records.py RECORD_OR_RUN_OR_WORK_DIR...
 
@@ -27,6 +27,7 @@ DEEPEST = 50
 """Nesting in a record; what runs write has less than ten."""
 
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -259,7 +260,30 @@ class Loading(Provenance):
         return "jpeg"
 
 
-Record = Classification | Detection | Segmentation | Training | Benchmark | Loading
+class Fault(Part):
+    fault: str
+    tried: Count
+    survived: Count
+    lost: Count
+    seeds: list[int]
+    """Of those lost."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Fault":
+        if self.survived + self.lost != self.tried or len(self.seeds) != self.lost:
+            raise ValueError("survived and lost are not those tried")
+        return self
+
+
+class Faults(Provenance):
+    kind: Literal["faults"]
+    model: str
+    rounds: Positive
+    seed: Count
+    faults: Annotated[list[Fault], Field(min_length=1)]
+
+
+Record = Classification | Detection | Segmentation | Training | Benchmark | Loading | Faults
 SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 

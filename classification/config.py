@@ -212,6 +212,6 @@ def short(value: Any) -> str:
     return form.repr(value)
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config, path: Path, comment: str) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    write_file(path, lambda file: file.write(text.encode()))
+    write_file(path, lambda file: file.write(f"{comment}\n{text}".encode()))

@@ -340,14 +340,15 @@ def ignore_signals(worker: int) -> None:
 
 @contextmanager
 def naming_killed_loaders() -> Iterator[None]:
-    """Where a loader's process dies, PyTorch raises in whatever the main one is doing."""
+    """Where a loader's process dies, PyTorch raises in whatever the main one is doing, or a connection to it breaks."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise MachineError(
-            f"a process of the loader has died ({' '.join(str(error).split())}), for lack of memory most often: "
+            f"a process of the loader has died ({reason}), for lack of memory most often: "
             "continue or repeat the run, with fewer workers= if it happens again"
         ) from error
 

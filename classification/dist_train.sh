@@ -10,6 +10,7 @@
 #   NODE_RANK    its number from 0, and
 #   MASTER_ADDR  the address of machine 0 (default 127.0.0.1)
 #   PORT         a port free there (default 29500; on a single machine any free one)
+#   RESTARTS     times that the processes start again from the last checkpoint when one of them fails (default 0)
 #   PYTHON       interpreter (default: the active environment's, else that of .venv in this checkout)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -32,21 +32,26 @@ def main() -> int:
     gpus = torch.cuda.device_count()
     processes, nodes = number("GPUS", gpus or 1), number("NNODES", 1)
     node, port = number("NODE_RANK", 0, least=0), number("PORT", 29500)
+    restarts = number("RESTARTS", 0, least=0)
     if gpus and processes > gpus:
         raise InputError(f"GPUS={processes}, but this machine shows {gpus}")
     os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/dist_train.sh", *arguments])
     os.environ["METAFORMER_START"] = f"{datetime.now():%Y%m%d-%H%M%S}"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    if processes == nodes == 1:
+    if processes == nodes == 1 and not restarts:
         os.execv(sys.executable, [sys.executable, str(TRAIN), *arguments])
 
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     rendezvous = [f"--nnodes={nodes}", f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"]
+    if restarts:  # a store of their own each time: in the same one they find the addresses of those that have died
+        rendezvous = [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}"]
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if nodes == 1 and "PORT" not in os.environ:
         rendezvous = ["--standalone"]  # a port that is free
     logging.disable(logging.ERROR)  # torchrun's own account of a failure; report() gives it in one line
     try:
-        run(parse_args([*rendezvous, f"--nproc_per_node={processes}", str(TRAIN), *arguments]))
+        group = [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+        run(parse_args([*rendezvous, *group, str(TRAIN), *arguments]))
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:

@@ -65,7 +65,6 @@ STATE = {
     "history",
     "starts",
     "loss_sum",
-    "skipped",
     "seconds",
     "wall_s",
 }
@@ -114,8 +113,10 @@ def open_output(config: Config, processes: Processes) -> Path:
     # The launcher sets the time once for all processes and their restarts.
     stamp = os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
     output = Path(config.output or f"runs/{config.model}-{data_name}-{stamp}")
+    begun = f"# begun {stamp}"  # tells a run that this launcher started from one that it found
     if (output / "config.yaml").is_file():
-        if not config.resume and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and begins_with(output / "config.yaml", begun)
+        if not config.resume and not restarted:
             raise InputError(f"{output} already holds a run: add --resume to continue it, or give another output=")
         path = output / "config.yaml"
         before, now = check(read_yaml(path), str(path)).model_dump(mode="json"), config.model_dump(mode="json")
@@ -132,8 +133,12 @@ def open_output(config: Config, processes: Processes) -> Path:
     else:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
+        save_config(config, output / "config.yaml", begun)
     return processes.from_main(output)
+
+
+def begins_with(file: Path, line: str) -> bool:
+    return file.read_text(encoding="utf-8", errors="replace").startswith(line + "\n")
 
 
 def mend_checkpoint(output: Path) -> None:
@@ -300,7 +305,7 @@ class Trainer:
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.starts = [*state["starts"], *self.starts]
         self.seconds, self.earlier_seconds = state["seconds"], state["wall_s"]
-        self.skipped = state["skipped"]
+        self.skipped = state.get("skipped", self.skipped)  # runs begun before there was the setting have none
         if self.processes.is_main:
             self.loss_sum.fill_(state["loss_sum"])
 

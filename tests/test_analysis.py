@@ -363,6 +363,7 @@ def test_writes_all_tables_and_then_nothing_changes(root, capsys):
         "loader",
         "proxy",
         "conclusions",
+        "faults",
     ]
     assert len(list((root / "analysis/tables").iterdir())) == 3 * len(lines)
     for line in lines:

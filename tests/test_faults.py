@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 
@@ -19,12 +20,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.data import create_dataset
 
 import data
+import make_tables
+import records
 import train
-from conftest import EVERYTHING_RANDOM
+from conftest import EVERYTHING_RANDOM, ROOT
 from metaformer import InputError
 from metaformer.errors import MachineError, run_command
 from metaformer.provenance import write_file
 from metaformer.weights import read_checkpoint
+from test_analysis import evaluation
 from test_training import interrupt, losses, same_weights, validated
 
 # Checkpoints
@@ -453,6 +457,17 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_pat
     assert same_weights(whole, tmp_path / "killed")
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_broken_connection_to_a_loader_process_is_one_that_died(error):
+    with (
+        pytest.raises(
+            MachineError, match=r"^a process of the loader has died \((.*reset by peer|EOFError)\), for lack"
+        ),
+        data.naming_killed_loaders(),
+    ):
+        raise error
+
+
 def test_a_machine_that_fails_is_one_sentence_and_status_1(capsys):
     def fail():
         raise MachineError("a process has died: start again")
@@ -468,3 +483,49 @@ def test_a_picture_that_vanishes_is_named(run, pictures, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=rf"cannot use the picture {root}/train/b/003.png \(FileNotFoundError: "):
         run(f"data_dir={root}", "epochs=3", "workers=1")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
+
+
+# The campaign
+
+
+def campaign(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "faults.py"), *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_a_short_campaign_loses_nothing_and_fills_the_table(tmp_path):
+    """The longer one is `make faults`."""
+    done = campaign("--rounds", 1, "--record", tmp_path / "record.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    total = done.stdout.splitlines()[-1].split()
+    assert total[0] == "all"
+    assert total[1] == total[2]
+    assert total[3] == "0"
+    [imported] = records.import_records([tmp_path / "record.json"], tmp_path / "results")
+    measured = make_tables.Measured(tmp_path / "results")
+    assert not measured.problems
+    table = make_tables.faults(measured)
+    assert list(table.rows[-1].values()) == total
+    assert len(table.rows) == len(records.read_record(imported).faults) + 1
+    section = make_tables.readme_sections({"faults": table}, measured)["README.md", "faults"]
+    assert section.splitlines()[-1].split() == ["|", "all", "|", total[1], "|", total[2], "|", "0", "|"]
+
+
+def test_without_a_campaign_the_table_says_so(tmp_path):
+    measured = make_tables.Measured(tmp_path)
+    sections = make_tables.readme_sections({"faults": make_tables.faults(measured)}, measured)
+    assert sections == {("README.md", "faults"): "Not measured yet."}
+
+
+def test_a_campaign_that_does_not_add_up_is_refused(tmp_path):
+    fault = {"fault": "SIGKILL", "tried": 3, "survived": 3, "lost": 1, "seeds": [7]}
+    record = {**{key: evaluation()[key] for key in ("command", "commit", "versions", "hardware", "date", "model")},
+              "kind": "faults", "rounds": 1, "seed": 0, "faults": [fault]}  # fmt: skip
+    with pytest.raises(InputError, match=r"faults\.0: .*survived and lost are not those tried"):
+        records.parse(record, tmp_path / "record.json")
+
+
+def test_a_seed_that_no_campaign_prints_is_refused():
+    done = campaign("--only", 990000)
+    assert (done.returncode, done.stderr) == (2, "error: --seed and --only take the numbers that a campaign prints\n")

@@ -23,6 +23,7 @@ import train
 import validate
 from config import CONFIGS, load_config
 from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
+from metaformer import InputError
 from metaformer.weights import read_checkpoint
 from oracles import relative_error
 from test_model import PARAMETERS
@@ -449,6 +450,20 @@ def test_a_killed_process_is_reported_and_the_last_checkpoint_stays(two_processe
     _, err = launcher.communicate(timeout=60)
     assert (launcher.returncode, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > 0
+
+
+def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(run, monkeypatch):
+    """Where the first attempt was refused, because the folder holds a run, so is the one after it."""
+    monkeypatch.setenv("METAFORMER_START", "20260101-000000")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=2)
+        folder = run("epochs=2", status=128 + signal.SIGTERM)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run("epochs=2") == folder
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2"]
+    monkeypatch.setenv("METAFORMER_START", "20260101-000001")  # another launcher
+    with pytest.raises(InputError, match="run already holds a run: add --resume to continue it"):
+        run("epochs=2")
 
 
 def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
