@@ -46,7 +46,7 @@ from data import (
     train_loader,
     val_loader,
 )
-from distributed import Processes, StopSignal, join
+from distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_file, write_json, writing
 from metaformer.weights import read_checkpoint
@@ -675,6 +675,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     config = load_config(arguments)
     processes = join()
+    if config.deterministic:
+        compute_deterministically()
     trainer = Trainer(config, processes)
     trainer.say_plan()
     if trainer.epoch >= trainer.epochs:
