@@ -328,7 +328,8 @@ class Trainer:
         self.stop = StopSignal()
         main = self.processes.is_main
         first_step = self.epoch * self.steps + self.step
-        self.board = SummaryWriter(str(self.output), purge_step=first_step + 1) if main else None
+        with writing(self.output):
+            self.board = SummaryWriter(str(self.output), purge_step=first_step + 1) if main else None
         self.bar = tqdm(
             total=self.epochs * self.steps,
             initial=first_step,
@@ -340,18 +341,8 @@ class Trainer:
         self.write_metrics()
         try:
             with naming_killed_loaders():
-                while self.epoch < self.epochs:
-                    self.train_epoch()
-                    self.end_epoch(evaluate(**self.evaluation()))
-        except Interrupted:
-            self.save_state()
-            self.write_record("stopped")
-            name = signal.Signals(self.stop.received).name
-            self.say(
-                f"\n{name}: saved epoch {self.epoch + 1}, step {self.step} of {self.steps}; continue with\n"
-                f"  bash classification/dist_train.sh {self.output}"
-            )
-            return 128 + self.stop.received
+                if not self.train():
+                    return 128 + self.stop.received
         except Exception as error:
             with suppress(InputError):  # where nothing can be written, the first error still says why
                 self.write_record("failed", str(error))
@@ -373,6 +364,23 @@ class Trainer:
             self.write_metrics()
             self.write_record("finished")
         self.say_result()
+
+    def train(self) -> bool:
+        """To the end, or to where a signal asks to stop; tells whether it is the end."""
+        try:
+            while self.epoch < self.epochs:
+                self.train_epoch()
+                self.end_epoch(evaluate(**self.evaluation()))
+        except Interrupted:
+            self.save_state()
+            self.write_record("stopped")
+            name = signal.Signals(self.stop.received).name
+            self.say(
+                f"\n{name}: saved epoch {self.epoch + 1}, step {self.step} of {self.steps}; continue with\n"
+                f"  bash classification/dist_train.sh {self.output}"
+            )
+            return False
+        return True
 
     def train_epoch(self) -> None:
         """The rest of this epoch, from the step where it stands."""
