@@ -95,6 +95,7 @@ class Config(BaseModel):
     compile: bool = False
     grad_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 42
+    deterministic: bool = False  # the same numbers in every run on a GPU too, at a cost; a CPU gives them anyway
 
     # Run
     output: str | None = None  # null: runs/NAME-DATE

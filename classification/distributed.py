@@ -91,6 +91,13 @@ def join() -> Processes:
     return Processes(device, rank, world, local_world, control)
 
 
+def compute_deterministically() -> None:
+    """The same numbers in every run, on a GPU too, where PyTorch fails if an operator cannot do it."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it before its first product
+    torch.backends.cudnn.benchmark = False  # which is fastest is another algorithm from time to time
+    torch.use_deterministic_algorithms(True)
+
+
 class StopSignal:
     """Remembers the first stop signal, so that the run can save and exit; a second Ctrl-C acts at once."""
 

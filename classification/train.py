@@ -46,7 +46,7 @@ from data import (
     train_loader,
     val_loader,
 )
-from distributed import Processes, StopSignal, join
+from distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_file, write_json, writing
 from metaformer.weights import read_checkpoint
@@ -332,7 +332,8 @@ class Trainer:
         self.stop = StopSignal()
         main = self.processes.is_main
         first_step = self.epoch * self.steps + self.step
-        self.board = SummaryWriter(str(self.output), purge_step=first_step + 1) if main else None
+        with writing(self.output):
+            self.board = SummaryWriter(str(self.output), purge_step=first_step + 1) if main else None
         self.bar = tqdm(
             total=self.epochs * self.steps,
             initial=first_step,
@@ -344,18 +345,8 @@ class Trainer:
         self.write_metrics()
         try:
             with naming_killed_loaders():
-                while self.epoch < self.epochs:
-                    self.train_epoch()
-                    self.end_epoch(evaluate(**self.evaluation()))
-        except Interrupted:
-            self.save_state()
-            self.write_record("stopped")
-            name = signal.Signals(self.stop.received).name
-            self.say(
-                f"\n{name}: saved epoch {self.epoch + 1}, step {self.step} of {self.steps}; continue with\n"
-                f"  bash classification/dist_train.sh {self.output}"
-            )
-            return 128 + self.stop.received
+                if not self.train():
+                    return 128 + self.stop.received
         except Exception as error:
             with suppress(InputError):  # where nothing can be written, the first error still says why
                 self.write_record("diverged" if isinstance(error, Diverged) else "failed", str(error))
@@ -377,6 +368,23 @@ class Trainer:
             self.write_metrics()
             self.write_record("finished")
         self.say_result()
+
+    def train(self) -> bool:
+        """To the end, or to where a signal asks to stop; tells whether it is the end."""
+        try:
+            while self.epoch < self.epochs:
+                self.train_epoch()
+                self.end_epoch(evaluate(**self.evaluation()))
+        except Interrupted:
+            self.save_state()
+            self.write_record("stopped")
+            name = signal.Signals(self.stop.received).name
+            self.say(
+                f"\n{name}: saved epoch {self.epoch + 1}, step {self.step} of {self.steps}; continue with\n"
+                f"  bash classification/dist_train.sh {self.output}"
+            )
+            return False
+        return True
 
     def train_epoch(self) -> None:
         """The rest of this epoch, from the step where it stands."""
@@ -679,6 +687,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     config = load_config(arguments)
     processes = join()
+    if config.deterministic:
+        compute_deterministically()
     trainer = Trainer(config, processes)
     trainer.say_plan()
     if trainer.epoch >= trainer.epochs:

@@ -145,6 +145,30 @@ def test_interrupted_while_validating(run, monkeypatch):
     assert losses(stopped) == losses(whole)
 
 
+def test_deterministic_changes_nothing_on_a_cpu_and_asks_pytorch_for_it(run, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    whole = run(*EVERYTHING_RANDOM)
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        folder = run(*EVERYTHING_RANDOM, "deterministic=true", output="deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_weights(whole, folder)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_deterministic_runs_are_equal_on_a_gpu(run):
+    try:
+        folders = [run(*EVERYTHING_RANDOM, "deterministic=true", output=name) for name in ("one", "other")]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_weights(*folders)
+
+
 def test_the_number_of_loader_processes_changes_nothing_and_the_seed_does(run):
     one = run(*EVERYTHING_RANDOM, "workers=0")
     assert same_weights(one, run(*EVERYTHING_RANDOM, "workers=2", output="other"))
