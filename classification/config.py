@@ -201,6 +201,7 @@ def check(values: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        key = key if key.isprintable() else repr(key)
         raise InputError(
             f"{key} is {short(first['input'])} in {source}: {first['msg'][0].lower()}{first['msg'][1:]}"
         ) from error

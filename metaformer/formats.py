@@ -133,7 +133,7 @@ def from_toolbox(state_dict: StateDict) -> StateDict:
 
 
 def unchanged(state_dict: StateDict) -> StateDict:
-    return dict(state_dict)
+    return renamed(state_dict, str)
 
 
 TO = {
