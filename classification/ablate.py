@@ -198,7 +198,8 @@ def make_runs(name: str, recipe: Path, rows: list[str], seeds: list[int], data_d
 class Slots:
     """Places for runs at the same time: a GPU or a core each, several to a GPU."""
 
-    def __init__(self, at_once: int | None):
+    def __init__(self, at_once: int | None, command: str):
+        self.command = command
         gpus = torch.cuda.device_count()
         number = at_once or (max(gpus, cores() // CORES_PER_RUN) if gpus else cores())
         self.free = deque(range(number))
@@ -208,6 +209,7 @@ class Slots:
 
     def environment(self, slot: int) -> dict[str, str]:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        environment["METAFORMER_COMMAND"] = self.command  # for the record of the run
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return environment
@@ -354,8 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_data(study, options.data_dir)
     output = (options.output or Path("runs", name)).resolve()
     recipe = prepare_output(output, study)
-    os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/ablate.sh", *arguments])
-    slots = Slots(options.at_once)
+    slots = Slots(options.at_once, command=shlex.join(["bash", "classification/ablate.sh", *arguments]))
     workers = CORES_PER_RUN - 1 if options.partition else slots.workers
     runs = make_runs(name, recipe, rows, seeds, options.data_dir, workers)
     left = [run for run in runs if not run.done]

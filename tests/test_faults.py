@@ -165,7 +165,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
         run()
     state = read_checkpoint(tmp_path / "run" / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 0)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "diverged"
 
 
 def test_events_that_cannot_be_begun_end_in_a_sentence(run, monkeypatch):

@@ -74,6 +74,7 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, monkeypatc
     runs = {file.parent.name: json.loads(file.read_text()) for file in files}
     assert all(run["status"] == "finished" and len(run["curve"]) == 2 for run in runs.values())
     assert runs["pppa-1"]["model"] == "metaformer_s12_pppa"
+    assert runs["pppa-1"]["starts"][0]["command"].startswith("bash classification/ablate.sh ")
     assert (runs["pppa-1"]["seed"], runs["pppa-1"]["settings"]["drop_path"]) == (1, 0.1)
 
     results = tmp_path / "results"
@@ -162,12 +163,12 @@ def test_runs_are_spread_over_the_gpus(monkeypatch):
     monkeypatch.setattr(ablate, "cores", lambda: 16)
     monkeypatch.setattr(ablate.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    slots = ablate.Slots(at_once=None)
+    slots = ablate.Slots(at_once=None, command="")
     seen = [slots.environment(slot) for slot in slots.free]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == ["5", "7", "5", "7"]
     assert (slots.workers, slots.environment(0)["OMP_NUM_THREADS"]) == (3, "4")
     monkeypatch.setattr(ablate.torch.cuda, "device_count", lambda: 0)
-    slots = ablate.Slots(at_once=None)
+    slots = ablate.Slots(at_once=None, command="")
     assert (len(slots.free), slots.workers, slots.environment(0)["OMP_NUM_THREADS"]) == (16, 0, "1")
 
 

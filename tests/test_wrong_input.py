@@ -159,7 +159,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(at, se
     monkeypatch.setattr(train.Trainer, "optimizer_step", step)
     with pytest.raises(InputError, match=sentence):
         run("epochs=3")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "diverged"
     if at == 5:
         state = read_checkpoint(tmp_path / "run" / "last.pt")
         assert state["epoch"] == 1
