@@ -11,6 +11,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
@@ -680,11 +681,18 @@ def plot(history: list[dict[str, float]], title: str) -> Figure:
     return figure
 
 
+def print_unless_kept(raised: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread keeps what it raises for the board's next call, where the run says it in its own words."""
+    if getattr(raised.thread, "exception", None) is not raised.exc_value:
+        threading.__excepthook__(raised)
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__}\nSettings: {', '.join(Config.model_fields)}")
         return 0
+    threading.excepthook = print_unless_kept
     config = load_config(arguments)
     processes = join()
     if config.deterministic:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -539,3 +540,27 @@ def test_a_campaign_that_does_not_add_up_is_refused(tmp_path):
 def test_a_seed_that_no_campaign_prints_is_refused():
     done = campaign("--only", 990000)
     assert (done.returncode, done.stderr) == (2, "error: --seed and --only take the numbers that a campaign prints\n")
+
+
+def test_what_tensorboards_thread_raises_is_left_to_the_run(run, capfd):
+    class Thread(threading.Thread):
+        def __init__(self, keeps: bool):
+            super().__init__()
+            self.keeps, self.exception = keeps, None
+
+        def run(self):
+            error = OSError("no")
+            self.exception = error if self.keeps else None
+            raise error
+
+    hook = threading.excepthook
+    try:
+        run("epochs=1")
+        capfd.readouterr()
+        for keeps in (True, False):
+            thread = Thread(keeps)
+            thread.start()
+            thread.join()
+            assert ("OSError: no" in capfd.readouterr().err) is not keeps
+    finally:
+        threading.excepthook = hook
