@@ -77,6 +77,7 @@ class Ended(NamedTuple):
 
 def start(work: Callable[[], object], folder: Path) -> int:
     """The process that does ``work``, forked from this one, which has imported all that it needs."""
+    (folder / "stderr").write_text("")  # it may be killed before it can
     process = os.fork()
     if process:
         os.setpgid(process, process)
