@@ -14,10 +14,5 @@
 #   PYTHON       interpreter (default: the active environment's, else that of .venv in this checkout)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=python3
-  if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/../.venv/bin/python" ]; then
-    PYTHON=$here/../.venv/bin/python
-  fi
-fi
+source "$here/interpreter.sh"
 exec "$PYTHON" "$here/launch.py" "$@"
