@@ -1,11 +1,13 @@
+import runpy
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import train
+from metaformer.training import engine as train
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -64,3 +66,21 @@ def run(tmp_path, pictures, monkeypatch):
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command of the repository in this process, as ``python SCRIPT ARGUMENTS``.
+
+    ``command("classification/validate.py", run)`` gives the exit status, what it printed, and its errors.
+    """
+
+    def command(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return command

@@ -39,16 +39,13 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "classification"))  # folders of scripts, not packages
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "analysis"))
-
 import metaformer
-import records
-import train
-from config import CONFIGS, load_config
 from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
+from metaformer import records
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_json
+from metaformer.training import engine as train
+from metaformer.training.config import CONFIGS, load_config
 from metaformer.weights import read_checkpoint
 
 SECONDS = 300

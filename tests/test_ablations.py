@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import metaformer
-from config import load_config
 from conftest import ROOT
 from metaformer import ABLATIONS, QUESTIONS, InputError
+from metaformer.training.config import load_config
 from oracles import TIMM_NAMES, randomise, relative_error, renamed, timm_twin
 
 # Table 5: learnable parameters in millions as printed, top-1 of the paper.

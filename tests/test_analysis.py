@@ -20,15 +20,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import count
-import gradcam
-import make_figures
-import make_tables
-import records
-import validate
 from conftest import ROOT
-from metaformer import ABLATIONS, POOLFORMERS, InputError
+from metaformer import ABLATIONS, POOLFORMERS, InputError, records
+from metaformer.analysis import count, gradcam
+from metaformer.analysis import figures as make_figures
+from metaformer.analysis import tables as make_tables
 from metaformer.errors import run_command
+from metaformer.training import validation as validate
 
 PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
 TABLES = [name for name in PAPER if name.startswith("table")]

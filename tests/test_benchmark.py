@@ -13,9 +13,9 @@ from torch._inductor import config as inductor
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
-import make_tables
-import records
+from metaformer import records
+from metaformer.analysis import benchmark
+from metaformer.analysis import tables as make_tables
 from metaformer.errors import InputError, run_command
 from oracles import relative_error
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-import export
+from metaformer import export
 from metaformer.errors import InputError
 from metaformer.weights import read_checkpoint
 from oracles import randomise, relative_error

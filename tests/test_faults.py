@@ -20,14 +20,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import create_dataset
 
-import data
-import make_tables
-import records
-import train
 from conftest import EVERYTHING_RANDOM, ROOT
-from metaformer import InputError
+from metaformer import InputError, records
+from metaformer.analysis import tables as make_tables
 from metaformer.errors import MachineError, run_command
 from metaformer.provenance import write_file
+from metaformer.training import data
+from metaformer.training import engine as train
 from metaformer.weights import read_checkpoint
 from test_analysis import evaluation
 from test_training import interrupt, losses, same_weights, validated

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-import loader
-import make_tables
-from config import Config
-from data import open_split, train_loader, transform
-from distributed import Processes
+from metaformer.analysis import loader
+from metaformer.analysis import tables as make_tables
 from metaformer.errors import run_command
-from records import import_records
+from metaformer.records import import_records
+from metaformer.training.config import Config
+from metaformer.training.data import open_split, train_loader, transform
+from metaformer.training.distributed import Processes
 
 SIDE = 32
 

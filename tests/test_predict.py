@@ -15,11 +15,11 @@ from transformers import PoolFormerImageProcessor
 from transformers.image_utils import load_image
 
 import metaformer
-import predict
-import validate
-from config import Config
-from data import transform
 from metaformer import InputError
+from metaformer import prediction as predict
+from metaformer.training.config import Config
+from metaformer.training.data import transform
+from metaformer.training.model import normaliser
 
 
 def predicted(capsys, *arguments, status: int = 0) -> tuple[str, str]:
@@ -38,7 +38,7 @@ def test_predicts_what_the_model_says(run, pictures, capsys):
     config, model, names = predict.load(str(folder), None)
     assert names == ["a", "b", "c"]
     prepare = transform(config, is_training=False)
-    normalise = validate.normaliser(config, torch.device("cpu"))
+    normalise = normaliser(config, torch.device("cpu"))
     for file, prediction in zip(files, predictions, strict=True):
         with torch.inference_mode():
             image = torch.as_tensor(prepare(Image.open(file).convert("RGB")))[None]

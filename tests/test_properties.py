@@ -11,11 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import records
-from config import Config, check, load_config, parse_overrides, save_config
-from metaformer import InputError, convert
+from metaformer import InputError, convert, records
 from metaformer.formats import FROM, MARKS, TO, recognised
 from metaformer.provenance import write_json
+from metaformer.training.config import Config, check, load_config, parse_overrides, save_config
 from test_analysis import evaluation
 
 # The same examples in every run, and no limit to their time, which the machine decides.

@@ -13,13 +13,13 @@ import pytest
 import scipy.stats
 import yaml
 
-import ablate
-import make_tables
-import submit
 from conftest import ROOT, draw
 from metaformer import ABLATIONS, QUESTIONS, InputError
-from proxy import Results, statements
-from records import Training, import_records, parse
+from metaformer.analysis import tables as make_tables
+from metaformer.records import Training, import_records, parse
+from metaformer.records.statistics import Results, statements
+from metaformer.training import slurm as submit
+from metaformer.training import study as ablate
 
 RECIPE = {
     "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 32], "stem_stride": 2},

@@ -26,10 +26,9 @@ from torch import nn
 
 import metaformer.mm.detection
 import metaformer.mm.segmentation
-import records
 from conftest import ROOT
 from drawn import detection_config, draw_coco, draw_scenes, segmentation_config
-from metaformer import InputError
+from metaformer import InputError, records
 from metaformer.mm.backbone import MetaFormerBackbone
 from metaformer.mm.predict import predict
 from oracles import OFFICIAL_NAMES, TIMM_NAMES, renamed

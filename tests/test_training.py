@@ -17,13 +17,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision import transforms
 
-import data
 import metaformer
-import train
-import validate
-from config import CONFIGS, load_config
 from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
 from metaformer import InputError
+from metaformer.training import data
+from metaformer.training import engine as train
+from metaformer.training import validation as validate
+from metaformer.training.config import CONFIGS, load_config
+from metaformer.training.model import with_input_of
 from metaformer.weights import read_checkpoint
 from oracles import relative_error
 from test_model import PARAMETERS
@@ -273,7 +274,7 @@ def test_configs_hold_the_papers_recipe(name, drop_path, crop, top1):
 def test_the_recipes_augmentation_runs_on_every_draw(pictures):
     strongest = "auto_augment=rand-m10-inc1"  # the recipe's operations, each at the largest magnitude it can draw
     config = load_config([str(CONFIGS / "poolformer_s12.yaml"), "img_size=32", strongest])
-    config = validate.with_input_of(config, timm.create_model(config.model))
+    config = with_input_of(config, timm.create_model(config.model))
     images = data.Images(torchvision.datasets.ImageFolder(pictures / "train"), data.transform(config, True), seed=0)
     assert {images[epoch, 3][0].shape for epoch in range(500)} == {(3, 32, 32)}
 
@@ -491,7 +492,7 @@ def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(r
 
 
 def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
-    import submit
+    from metaformer.training import slurm as submit
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.yaml").write_text("")
@@ -510,7 +511,7 @@ def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
 
 
 def test_mnist5k_is_stratified(tmp_path):
-    from data import prepare_mnist5k
+    from metaformer.training.data import prepare_mnist5k
 
     root = prepare_mnist5k(tmp_path / "mnist5k")
     for split, images in (("train", 400), ("val", 100)):

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-import train
-import validate
 from conftest import ROOT, TINY, draw
-from data import Batch, checked
 from metaformer import InputError
+from metaformer.training import engine as train
+from metaformer.training import validation as validate
+from metaformer.training.data import Batch, checked
 from metaformer.weights import read_checkpoint
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from metaformer.errors import InputError, nearest
 from metaformer.provenance import write_file
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "classification"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 DEMO = CONFIGS / "mnist.yaml"
 
 Share = Annotated[float, Field(ge=0, le=1)]

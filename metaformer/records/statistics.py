@@ -10,23 +10,18 @@ number.
 """
 
 import math
-import sys
 from functools import cache
-from pathlib import Path
 from statistics import mean, variance
 from typing import Any, NamedTuple
 
 import yaml
 from scipy import stats
 
-from count import ROOT
+from metaformer.analysis.count import ROOT
 from metaformer.errors import InputError
-from records import Training
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "classification"))  # a folder of scripts, not a package
-
-from ablate import ROWS, Study, read_study
-from config import check
+from metaformer.records import Training
+from metaformer.training.config import check
+from metaformer.training.study import ROWS, Study, read_study
 
 CONFIDENCE = 0.95
 CONSTANTS = ("chance", "point")

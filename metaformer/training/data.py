@@ -22,9 +22,9 @@ from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from config import Config
-from distributed import STOP_SIGNALS, Processes
 from metaformer.errors import InputError, MachineError
+from metaformer.training.config import Config
+from metaformer.training.distributed import STOP_SIGNALS, Processes
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}
 

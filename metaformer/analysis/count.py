@@ -1,0 +1,277 @@
+"""Parameters and multiply-accumulates (MACs) of a model, by operator and by part.
+
+python analysis/count.py MODEL [--size SIDE | --size HEIGHT WIDTH] [--json]
+
+MODEL is any name that timm knows, or a config of mmdet or mmseg (which this repository has under configs/).
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+from timm.layers import to_ntuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metaformer
+from metaformer.analysis import baselines  # noqa: F401  (registers models of Table 2)
+from metaformer.errors import InputError, nearest
+from metaformer.mixers import Size
+from metaformer.provenance import installed, write_json
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fvcore's import uses it
+    from fvcore.nn import FlopCountAnalysis
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "analysis/.cache"
+DEFAULT_SIZES = {"mmdet": (800, 1280), "mmseg": (512, 512)}
+"""Height and width at which detectors and segmentors are usually counted, as by the toolboxes' own get_flops.py."""
+PROPOSALS, MASKS = 1000, 100
+"""Boxes and masks that the second stage of a detector is counted with, as by mmdet's get_flops.py."""
+
+
+def count(model: str, size: Size | None = None) -> dict[str, Any]:
+    """Count a model in evaluation mode, on one image.
+
+    MACs are counted by fvcore, as in version 3 of the paper: one for each multiplication with its addition, 5 for each
+    element of a norm with weight and bias (2 of a batch norm). fvcore knows nothing of fused attention; it is counted
+    here as the two matrix products that it stands for.
+
+    Args:
+        model: a name that timm knows, or the path of a config of mmdet or mmseg.
+        size: height and width of the image in pixels; ``None`` for the model's own.
+
+    Returns:
+        dict: ``size``; ``learnable`` and ``frozen`` parameters; ``layer_scale``, those of LayerScale among them;
+        ``macs`` by operator; ``parts``, parameters and MACs of each part of the model; ``uncounted``, how often
+        operators run that fvcore does not count. Shapes, copies, ReLU and dropout are free to it and not listed.
+
+    Raises:
+        InputError: no such model or config, or a size that it does not take.
+    """
+    network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
+    analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, 3, *size))
+    analysis.set_op_handle(*ATTENTION)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    try:
+        with shapes_only():
+            by_operator, by_module = analysis.by_operator(), analysis.by_module()
+            uncounted = analysis.unsupported_ops()
+    except (AssertionError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise InputError(f"{model} does not take images of {size[0]} x {size[1]} pixels: {reason}") from error
+    named = dict(network.named_parameters())
+    return {
+        "size": list(size),
+        "learnable": sum(p.numel() for p in named.values() if p.requires_grad),
+        "frozen": sum(p.numel() for p in named.values() if not p.requires_grad),
+        "layer_scale": sum(p.numel() for name, p in named.items() if "layer_scale" in name),
+        "macs": {operator: int(macs) for operator, macs in by_operator.most_common()},
+        "parts": {
+            name: {"parameters": sum(p.numel() for p in part.parameters()), "macs": int(by_module[name])}
+            for name, part in parts(network)
+        },
+        "uncounted": {name.removeprefix("aten::"): times for name, times in uncounted.most_common()},
+    }
+
+
+def cached_count(model: str) -> dict[str, Any]:
+    """:func:`count` at the model's own size, kept until the model's definition or a library changes."""
+    path = CACHE / f"{definition(model)}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    counted = count(str(ROOT / model) if model.endswith(".py") else model)
+    CACHE.mkdir(exist_ok=True)
+    write_json(path, counted)
+    return counted
+
+
+def definition(model: str) -> str:
+    """A digest of what a count depends on: the source of the models and of this file, the config, the libraries."""
+    files = [*ROOT.glob("metaformer/**/*.py")]
+    if model.endswith(".py"):
+        files += [ROOT / model, *(ROOT / model).parent.glob("_base_/*.py")]
+    digest = hashlib.sha256(model.encode())
+    digest.update(json.dumps(installed()).encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
+    if not timm.is_model(name):
+        raise InputError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
+    settings = timm.get_pretrained_cfg(name)
+    if size is None:
+        return timm.create_model(name), settings.input_size[1:]
+    fixed = name in metaformer.VARIANTS or settings.fixed_input_size
+    return timm.create_model(name, **({"img_size": size} if fixed else {})), size
+
+
+def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
+    # Here, since classification does without the toolboxes.
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    if not Path(path).is_file():
+        near = nearest(Path(path).stem, [file.stem for file in Path(path).parent.glob("*.py")])
+        raise InputError(f"there is no config {path}{near}")
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a config is code: anything may go wrong in it
+        raise InputError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
+    if config.get("default_scope") not in DEFAULT_SIZES or "model" not in config:
+        raise InputError(f"{path} is not the config of a model of mmdet or mmseg")
+    init_default_scope(config.default_scope)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the toolboxes warn of their own deprecations
+            model = MODELS.build(config.model)
+    except Exception as error:  # likewise
+        raise InputError(f"cannot build the model of {path}: {textwrap.shorten(str(error), 300)}") from error
+    if hasattr(model, "roi_head"):
+        model.forward = partial(two_stages, model)
+    return model, size or DEFAULT_SIZES[config.default_scope]
+
+
+def two_stages(detector: nn.Module, images: Tensor) -> Any:
+    """A two-stage detector with the same number of boxes whatever its first stage finds; RoIAlign left out."""
+    levels = detector.extract_feat(images)
+    heads = detector.roi_head
+    boxes, masks = (
+        images.new_zeros(number, extractor.out_channels, *extractor.roi_layers[0].output_size)
+        for number, extractor in ((PROPOSALS, heads.bbox_roi_extractor), (MASKS, heads.mask_roi_extractor))
+    )
+    return detector.rpn_head(levels), heads.bbox_head(boxes), heads.mask_head(masks)
+
+
+def parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a network and their names, in order; backbones and lists of stages, layers or blocks opened."""
+    for name, module in network.named_children():
+        if any(True for _ in module.parameters()):
+            opened = parts(module) if name in ("backbone", "stages", "layers", "blocks", "roi_head") else ()
+            inner = [(f"{name}.{inside}", part) for inside, part in opened]
+            yield from inner or [(name, module)]
+
+
+def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Queries times keys, and the weights times the values; inputs are (..., positions, channels) each."""
+    *_, queries, channels = inputs[0].type().sizes()
+    *heads, keys, _ = inputs[1].type().sizes()
+    return 2 * math.prod(heads) * queries * keys * channels
+
+
+ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Trace without the arithmetic: convolutions and matrix products give zeros of the right shape.
+
+    Counting needs no more, and detectors are counted in a second. (On the meta device, where there is no arithmetic
+    either, PyTorch's convolution cannot be traced.) Attention is taken in its parts, not as one operator that fvcore
+    does not know.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    traced = {f"conv{dims}d": convolution for dims in (1, 2, 3)}
+    traced |= {f"conv_transpose{dims}d": transposed_convolution for dims in (1, 2, 3)}
+    try:
+        with torch.no_grad(), patch.multiple(F, **traced), NoArithmetic():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """``F.conv1d`` to ``F.conv3d`` by the operator that a trace records, so that :class:`NoArithmetic` finds it."""
+    per_side = to_ntuple(weight.ndim - 2)
+    dilation = per_side(dilation)
+    if padding == "same":
+        reach = [step * (kernel - 1) for step, kernel in zip(dilation, weight.shape[2:], strict=True)]
+        x = F.pad(x, [pad for total in reversed(reach) for pad in (0, total)])  # for the shape, any side will do
+    padding = per_side(0 if isinstance(padding, str) else padding)
+    geometry = (per_side(stride), padding, dilation, False, per_side(0))
+    return torch._convolution(x, weight, bias, *geometry, groups, *[False] * 4)
+
+
+def transposed_convolution(x, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    per_side = to_ntuple(weight.ndim - 2)
+    geometry = (per_side(stride), per_side(padding), per_side(dilation), True, per_side(output_padding))
+    return torch._convolution(x, weight, bias, *geometry, groups, *[False] * 4)
+
+
+class NoArithmetic(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func is aten.convolution.default:
+            raise RuntimeError("it calls a convolution in a way that a trace does not see")
+        if func is aten._convolution.default:
+            x, weight, _, stride, padding, dilation, transposed, out_padding, groups = args[:9]
+            batch, _, *sides = map(int, x.shape)
+            channels, per_group, *kernel = map(int, weight.shape)
+            if transposed:
+                sides = map(side_after_transposed, sides, kernel, stride, padding, dilation, out_padding)
+                return x.new_zeros(batch, per_group * groups, *sides)
+            return x.new_zeros(batch, channels, *map(side_after, sides, kernel, stride, padding, dilation))
+        if func in (aten.mm.default, aten.bmm.default):
+            left, right = args
+        elif func is aten.addmm.default:
+            _, left, right = args
+        else:
+            return func(*args, **(kwargs or {}))
+        return left.new_zeros(*map(int, left.shape[:-1]), int(right.shape[-1]))
+
+
+def side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def side_after_transposed(side: int, kernel: int, stride: int, padding: int, dilation: int, out_padding: int) -> int:
+    return (side - 1) * stride - 2 * padding + dilation * (kernel - 1) + out_padding + 1
+
+
+def report(name: str, counted: dict[str, Any]) -> str:
+    macs = sum(counted["macs"].values())
+    height, width = counted["size"]
+    frozen = f" + {counted['frozen']:,} frozen" if counted["frozen"] else ""
+    lines = [
+        f"{name} at {height} x {width}",
+        f"  parameters  {counted['learnable']:>15,}{frozen}",
+        f"  MACs        {macs:>15,}  ({macs / 1e9:.2f} G)",
+        "",
+        f"  {'operator':<28} {'MACs':>15}",
+        *(f"  {operator:<28} {number:>15,}" for operator, number in counted["macs"].items()),
+        "",
+        f"  {'part':<28} {'MACs':>15} {'parameters':>13}",
+        *(f"  {part:<28} {of['macs']:>15,} {of['parameters']:>13,}" for part, of in counted["parts"].items()),
+        "",
+        "  not counted: " + (", ".join(f"{op} x {times}" for op, times in counted["uncounted"].items()) or "nothing"),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Parameters and MACs of a model, by operator and by part.")
+    parser.add_argument("model", help="any name that timm knows, or a config of mmdet or mmseg")
+    parser.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of the image")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    arguments = parser.parse_args()
+    size = arguments.size
+    if size and (len(size) > 2 or min(size) < 1):
+        raise InputError(f"--size {' '.join(map(str, size))}: give one side or height and width, in pixels")
+    counted = count(arguments.model, (size[0], size[-1]) if size else None)
+    print(json.dumps(counted, indent=2) if arguments.json else report(arguments.model, counted))

@@ -1,0 +1,228 @@
+"""The paper's figures from its tables, and training curves.
+
+python analysis/make_figures.py [FIGURE...] [--runs FOLDER...] [--out FOLDER]
+
+FIGURE is one of fig1b, fig3, ablation, proxy and curves; all but curves by default. curves draws the run folders of
+classification/ and the work dirs of mmdet and mmseg that --runs names. PNG and SVG go to analysis/figures/.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+from metaformer.analysis.tables import ROOT, Measured, counted_value, paper
+from metaformer.errors import InputError, nearest
+from metaformer.records.statistics import ROWS
+
+FIGURES = ROOT / "analysis/figures"
+COLOURS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#E69F00")
+"""Okabe and Ito's, told apart with any colour vision; shapes and labels do so in grey."""
+STYLES = {
+    "none": ("Convolutional network", "#000000", "s"),
+    "attention": ("Attention", "#0072B2", "o"),
+    "spatial MLP": ("Spatial MLP", "#009E73", "^"),
+    "pooling": ("Pooling (PoolFormer)", "#D55E00", "D"),
+}
+FAMILIES = {"PoolFormer-": "pooling", "DeiT-": "attention", "ResMLP-": "spatial MLP", "RSB-ResNet-": "none"}
+"""Figure 1b: the models of each line by the start of their names, and the style of the line."""
+
+Row = dict[str, Any]
+
+
+def fig1b() -> Figure:
+    """Top-1 against MACs of PoolFormer, DeiT, ResMLP and RSB-ResNet (Figure 1b)."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.8))
+    for start, mixer in FAMILIES.items():
+        rows = [row for row in paper()["table2"]["rows"] if row["model"].startswith(start)]
+        points = [(place(row, "macs"), row["top1"]) for row in rows]
+        _, colour, marker = STYLES[mixer]
+        axes.plot(
+            *zip(*points, strict=True), color=colour, marker=marker, label=start[:-1], linewidth=1.2, markersize=5
+        )
+        for row, point in zip(rows, points, strict=True):
+            label(axes, row["model"].removeprefix(start), point, colour, below=mixer in ("none", "spatial MLP"))
+    axes.set(xlim=(0, 25), xlabel="MACs, G (counted)", ylabel="ImageNet-1K top-1, % (paper)")
+    axes.margins(y=0.1)
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def fig3() -> Figure:
+    """Top-1 against MACs and against parameters, by kind of token mixer (Figure 3)."""
+    figure, both = plt.subplots(1, 2, figsize=(9.6, 4.4), sharey=True)
+    panels = (("macs", "MACs, G", [2, 5, 10, 20, 50], 1.4), ("params", "parameters, M", [10, 20, 50, 100, 200, 300], 9))
+    for axes, (column, title, ticks, left) in zip(both, panels, strict=True):
+        for row in paper()["table2"]["rows"]:
+            kind, colour, marker = STYLES[row["mixer"]]
+            point = (place(row, column), row["top1"])
+            # Hollow: as printed, since there is nothing to count.
+            face = colour if "build" in row else "none"
+            axes.plot(*point, marker, color=colour, markerfacecolor=face, markersize=5, label=kind)
+            if row["mixer"] == "pooling":
+                label(axes, row["model"].removeprefix("PoolFormer-"), point, colour)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(left=left)
+        axes.set_xlabel(f"{title} (counted; hollow: paper)")
+    both[0].set_ylabel("ImageNet-1K top-1, % (paper)")
+    handles, labels = both[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    both[1].legend(unique.values(), unique.keys(), loc="lower right", frameon=False)
+    return figure
+
+
+def ablation() -> Figure:
+    """Top-1 of the rows of Table 5 beside the baseline's."""
+    rows = paper()["table5"]["rows"]
+    baseline, low = rows[0]["top1"], 72.8
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    figure, axes = plt.subplots(figsize=(6.8, 5.6))
+    for y, row in enumerate(rows):
+        colour, inside = COLOURS[groups.index(row["group"])], row["top1"] >= low
+        x = row["top1"] if inside else low
+        axes.plot([baseline, x], [y, y], color=colour, linewidth=2)
+        axes.plot(x, y, "o" if inside else "<", color=colour, markersize=6, clip_on=False)
+        difference = row["top1"] - baseline
+        text = f"{row['top1']:.1f}" + (f" ({difference:+.1f})" if y else "")
+        to_left = inside and difference < 0
+        offset = (-7, 0) if to_left else (7, 0 if inside else 7)
+        side = "right" if to_left else "left"
+        axes.annotate(text, (x, y), offset, textcoords="offset points", ha=side, va="center", fontsize=8)
+    axes.axvline(baseline, color="0.6", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes.set(xlim=(low, 82.2), xlabel="ImageNet-1K top-1, % (paper, Table 5); arrows: below the axis")
+    axes.invert_yaxis()
+    return figure
+
+
+def proxy() -> Figure:
+    """Differences from the baseline's top-1 in the small studies, with 95 % intervals, beside the paper's."""
+    studies = sorted(Measured(ROOT / "analysis/results").studies.items())
+    if not studies:
+        raise InputError("there are no records of a study in analysis/results/: run classification/ablate.sh")
+    printed = {row["build"]: row["top1"] for row in paper()["table5"]["rows"]}
+    rows = [row for row in ROWS if row != "baseline" and any(row in results.top1 for _, results in studies)]
+    figure, axes = plt.subplots(figsize=(6.8, 1.2 + 0.32 * len(rows)))
+    for i, (name, results) in enumerate(studies):
+        found = {y: results.combination({row: 1, "baseline": -1}) for y, row in enumerate(rows)}
+        found = {y: interval for y, interval in found.items() if interval}
+        values = [interval.value for interval in found.values()]
+        bars = [[of.value - of.low for of in found.values()], [of.high - of.value for of in found.values()]]
+        places = [y + 0.18 * (i + 1) for y in found]
+        colour = COLOURS[(i + 1) % len(COLOURS)]
+        axes.errorbar(values, places, xerr=bars, fmt="o", color=colour, markersize=4, label=f"{name}, 95 % interval")
+    of_paper = {y: ROWS[row]["model"] for y, row in enumerate(rows) if ROWS[row].keys() == {"model"}}
+    of_paper = {y: printed[build] - printed["poolformer_s12"] for y, build in of_paper.items() if build in printed}
+    axes.plot(
+        of_paper.values(), of_paper.keys(), "D", color="black", markerfacecolor="none", label="paper, ImageNet-1K"
+    )
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes.set_xscale("symlog", linthresh=3)
+    axes.xaxis.set_major_locator(FixedLocator([-80, -40, -20, -10, -5, -2, 0, 2, 5, 10]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlim(left=-110)
+    axes.set_xlabel("top-1 minus the baseline's, points (linear to 3, then logarithmic)")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    return figure
+
+
+def curves(runs: list[Path]) -> Figure:
+    """Training loss and accuracy of runs of one kind over their progress."""
+    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9.6, 3.8))
+    dashes = ("-", "--", ":", "-.")
+    kinds = {}
+    for i, run in enumerate(runs):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i // len(COLOURS) % len(dashes)]}
+        losses, accuracies, kind = read_run(run)
+        loss.plot(losses.index, losses, label=run.resolve().name, **style)
+        accuracy.plot(accuracies.index, accuracies, marker=".", label=run.resolve().name, **style)
+        kinds[kind] = run
+    if len(kinds) > 1:
+        (first, one), (second, other) = list(kinds.items())[:2]
+        raise InputError(f"{one} has {first} and {other} has {second}: draw them in two figures")
+    step = "epoch" if kinds.keys() == {"top-1, %"} else "iteration"
+    loss.set(xlabel=step, ylabel="training loss")
+    accuracy.set(xlabel=step, ylabel=next(iter(kinds)))
+    accuracy.legend(frameon=False)
+    return figure
+
+
+def read_run(run: Path) -> tuple[pd.Series, pd.Series, str]:
+    """Training loss, accuracy and the accuracy's name, of a run folder (by epoch) or a work dir (by iteration)."""
+    if (run / "metrics.csv").is_file():
+        table = pd.read_csv(run / "metrics.csv").set_index("epoch")
+        return table["train_loss"], table["top1"], "top-1, %"
+    logs = sorted(run.glob("*/vis_data/scalars.json"))
+    if not logs:
+        raise InputError(f"{run} is no run: it has neither metrics.csv nor */vis_data/scalars.json")
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    losses = {line["iter"]: line["loss"] for line in lines if "loss" in line}
+    iterations = {}  # by epoch: validation is logged under its number
+    for line in lines:
+        if "loss" in line and "epoch" in line:
+            iterations[line["epoch"]] = line["iter"]
+    measures = {"coco/bbox_mAP": ("box AP, %", 100), "mIoU": ("mIoU, %", 1)}
+    key = next((key for key in measures if any(key in line for line in lines)), None)
+    name, scale = measures.get(key, ("accuracy", 1))
+    accuracies = {iterations.get(line["step"], line["step"]): scale * line[key] for line in lines if key in line}
+    return pd.Series(losses), pd.Series(accuracies, dtype=float), name
+
+
+def place(row: Row, column: str) -> float:
+    """Where a model stands on the axis: as counted, or as printed where nothing builds it."""
+    return float(counted_value(row["build"], column)) if "build" in row else row[column]
+
+
+def label(axes: Axes, text: str, point: tuple[float, float], colour: str, below: bool = False) -> None:
+    offset, side = ((4, -10), "left") if below else ((-4, 6), "center")
+    axes.annotate(text, point, offset, textcoords="offset points", ha=side, fontsize=7, color=colour)
+
+
+MAKERS: dict[str, Callable[[], Figure]] = {maker.__name__: maker for maker in (fig1b, fig3, ablation, proxy)}
+
+
+def save(figure: Figure, stem: str, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        path = out / f"{stem}.{kind}"
+        try:
+            figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        print(path)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(MAKERS)} or curves")
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="FOLDER", help="the runs of curves")
+    parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER", help="default: analysis/figures")
+    options = parser.parse_args(arguments)
+    known = [*MAKERS, "curves"]
+    for figure in options.figures:
+        if figure not in known:
+            raise InputError(f"there is no figure {figure!r}{nearest(figure, known)}: there are {', '.join(known)}")
+    wanted = options.figures or (["curves"] if options.runs else list(MAKERS))
+    if ("curves" in wanted) != bool(options.runs):
+        raise InputError("curves and --runs FOLDER... go together: which runs to draw")
+    mpl.use("Agg")
+    mpl.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "metaformer"}
+    )
+    for figure in wanted:
+        save(curves(options.runs) if figure == "curves" else MAKERS[figure](), figure, options.out)

@@ -1,0 +1,137 @@
+"""Where models look: Grad-CAM maps of pictures, one row each, one column for each model (the paper's Figure 4).
+
+python analysis/gradcam.py IMAGE... [--models NAME...] [--weights NAME=FILE...] [--out FILE]
+
+By default the paper's models with their released weights, which are fetched: RSB-ResNet-50, DeiT-S, ResMLP-S24 and
+PoolFormer-S24. --weights takes a checkpoint instead, of a run of classification/ for example; its number of classes
+follows from it. The map is that of the highest-scoring class.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+import timm
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.image import show_cam_on_image
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from metaformer import MetaFormer
+from metaformer.analysis.tables import ROOT
+from metaformer.errors import InputError, nearest
+from metaformer.weights import load_state, named_for, read_checkpoint, weights_of
+
+PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
+"""The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
+
+
+def target_layer(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
+    """The layer that the official script looks at, and what makes a map (B, C, H, W) of its output.
+
+    The last stage of a MetaFormer or ResNet, the last block of a ResMLP, the first norm of the last block of a DeiT
+    (misc/cam_image.py of sail-sg/poolformer). Others of their kind are treated alike.
+
+    Raises:
+        InputError: a model of another kind.
+    """
+    if isinstance(model, MetaFormer):
+        return model.stages[-1], None
+    kind = type(model).__name__
+    if kind == "ResNet":
+        return model.layer4[-1], None
+    if kind == "MlpMixer":
+        return model.blocks[-1], partial(tokens_to_map, prefix=0)
+    if kind == "VisionTransformer":
+        return model.blocks[-1].norm1, partial(tokens_to_map, prefix=model.num_prefix_tokens)
+    raise InputError(f"{name} is a {kind}: Grad-CAM is there for MetaFormer, ResNet, MlpMixer and VisionTransformer")
+
+
+def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:
+    """(B, prefix + side^2, C) to (B, C, side, side), without the tokens before (class, distillation)."""
+    tokens = tokens[:, prefix:].transpose(1, 2)
+    side = round(tokens.shape[2] ** 0.5)
+    return tokens.unflatten(2, (side, side))
+
+
+def build(name: str, weights: str | None) -> nn.Module:
+    if not timm.is_model(name):
+        raise InputError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
+    if weights is None:
+        try:
+            return timm.create_model(name, pretrained=True).eval()
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"cannot fetch the released weights of {name} ({' '.join(str(error).split())[:200]}): "
+                f"give a file with --weights {name}=FILE"
+            ) from error
+    model = timm.create_model(name)
+    state = named_for(weights_of(read_checkpoint(weights)), model)
+    classifier = next(label for label, module in model.named_modules() if module is model.get_classifier())
+    if f"{classifier}.weight" in state:
+        model.reset_classifier(len(state[f"{classifier}.weight"]))
+    load_state(model, state, weights)
+    return model.eval()
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """RGB, 224 x 224 without a crop, from 0 to 1, as in the official script."""
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"cannot read the picture {path}: {error}") from error
+    return cv2.resize(pixels, (224, 224), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+
+def cam_of(name: str, model: nn.Module, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """The pictures (224, 224, 3) with the model's map laid over each."""
+    own = resolve_data_config(model=model)
+    mean, std = (torch.tensor(own[key]).view(3, 1, 1) for key in ("mean", "std"))
+    layer, reshape = target_layer(name, model)
+    overlays = []
+    with GradCAM(model=model, target_layers=[layer], reshape_transform=reshape) as cam:
+        for picture in pictures:
+            images = ((torch.from_numpy(picture).permute(2, 0, 1) - mean) / std)[None]
+            overlays.append(show_cam_on_image(picture, cam(images, targets=None)[0], use_rgb=True))
+    return overlays
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--models", nargs="+", default=PAPER, metavar="NAME", help=f"default: {' '.join(PAPER)}")
+    parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=FILE", help="checkpoints of these models")
+    parser.add_argument("--out", type=Path, default=ROOT / "analysis/figures/gradcam.png", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    weights = {}
+    for given in options.weights:
+        name, equals, file = given.partition("=")
+        if not equals or name not in options.models:
+            raise InputError(f"--weights {given}: give NAME=FILE, NAME one of {', '.join(options.models)}")
+        weights[name] = file
+    pictures = [read_picture(path) for path in options.pictures]
+    columns = {name: cam_of(name, build(name, weights.get(name)), pictures) for name in options.models}
+
+    mpl.use("Agg")
+    shape = (len(pictures), 1 + len(columns))
+    figure, axes = plt.subplots(*shape, figsize=(1.9 * shape[1], 1.9 * shape[0]), squeeze=False, layout="tight")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for column, (title, images) in enumerate({"input": pictures, **columns}.items()):
+        axes[0, column].set_title(title, fontsize=8)
+        for row, image in enumerate(images):
+            axes[row, column].imshow(image)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {options.out}: {error}") from error
+    print(options.out)
