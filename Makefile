@@ -26,7 +26,7 @@ demo: $(READY)
 
 # One thread for each of pytest's processes: on these small networks more threads only wait for each other.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal $(ARGS)
 
 # Training runs that are killed or fail, and files that are corrupted; ARGS="--rounds N" for how often.
 faults: $(READY)
