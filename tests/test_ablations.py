@@ -6,6 +6,7 @@ import pytest
 import timm
 import timm.models.metaformer as timm_metaformer
 import torch
+import yaml
 from timm.layers import GroupNorm1, LayerNorm, LayerNorm2d
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 import metaformer
 from conftest import ROOT
-from metaformer import ABLATIONS, QUESTIONS, InputError
+from metaformer import ABLATIONS, QUESTIONS, VARIANTS, InputError
 from metaformer.training.config import load_config
+from metaformer.variants import LABELS, ROWS, ablation_config
 from oracles import TIMM_NAMES, randomise, relative_error, renamed, timm_twin
 
 # Table 5: learnable parameters in millions as printed, top-1 of the paper.
@@ -69,9 +71,21 @@ def test_every_row_has_its_recipe(row):
     assert config.base_lr * config.global_batch / 1024 == (1e-3 if row in ("pppa", "ppaa") else 4e-3)  # appendix A
 
 
-def test_no_recipe_is_left_over():
-    files = {file.stem for file in (ROOT / "configs/ablations").glob("*.yaml")}
-    assert files == ABLATIONS.keys()
+def test_registry_paper_and_recipes_agree():
+    rows = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text(encoding="utf-8"))["table5"]["rows"]
+    assert [row["build"] for row in rows] == ["poolformer_s12", *ABLATIONS]
+    keys = ("id", "group", "variant")
+    for printed in rows:
+        variant = VARIANTS[printed["build"]]
+        assert (variant.paper_row, variant.group, variant.label) == tuple(printed[key] for key in keys)
+    texts = {f"{row['build']}.yaml": ablation_config(row["build"], row["top1"]) for row in rows[1:]}
+    assert texts == {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "configs/ablations").iterdir()}
+
+
+def test_every_row_has_a_label_and_settings():
+    questions = {name.removeprefix("metaformer_s12_") for name in QUESTIONS}
+    assert ROWS.keys() == LABELS.keys() == {"baseline", *TABLE_5, *questions, "nodroppath"}
+    assert {name for name, variant in VARIANTS.items() if variant.row and not variant.paper_row} == QUESTIONS.keys()
 
 
 # Whole networks, on the weights of a random draw

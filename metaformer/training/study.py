@@ -42,11 +42,10 @@ from metaformer.training.config import check, check_key, read_yaml_mapping
 from metaformer.training.data import load_data
 from metaformer.training.distributed import STOP_SIGNALS
 from metaformer.training.slurm import TrainingJob, make_executor
-from metaformer.variants import ABLATIONS, QUESTIONS
+from metaformer.variants import ROWS
 
 STUDIES = Path(__file__).resolve().parents[2] / "configs" / "studies"
 TRAIN = Path(__file__).resolve().parents[2] / "classification" / "train.py"
-PREFIX = "metaformer_s12_"
 DONE = ("finished", "diverged")
 """What run.json says of a run that is not to be started again."""
 PAUSE = 1.0
@@ -56,13 +55,6 @@ CORES_PER_RUN = 4
 
 Positive = Annotated[int, Field(ge=1)]
 Settings = dict[str, Any]
-
-ROWS: dict[str, Settings] = {
-    "baseline": {"model": "poolformer_s12"},
-    **{name.removeprefix(PREFIX): {"model": name} for name in [*ABLATIONS, *QUESTIONS]},
-    "nodroppath": {"model": "poolformer_s12", "drop_path": 0.0},
-}
-"""The rows of Table 5, then what users ask besides; each with the settings in which it differs from the others."""
 
 
 class Task(BaseModel):
