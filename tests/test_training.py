@@ -18,11 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision import transforms
 
 import metaformer
-from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, trained
 from metaformer import InputError
-from metaformer.training import data
+from metaformer.training import data, slurm
 from metaformer.training import engine as train
-from metaformer.training import validation as validate
 from metaformer.training.config import CONFIGS, load_config
 from metaformer.training.model import with_input_of
 from metaformer.weights import read_checkpoint
@@ -119,13 +118,13 @@ def test_an_interrupted_run_continues_to_the_same_weights_and_curve(step, number
     assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
     assert "dist_train.sh stopped" in capsys.readouterr().out
     assert not same_weights(whole, stopped)
-    assert train.main(["stopped"]) == 0  # a run's folder as CONFIG continues it
+    assert trained("stopped") == 0  # a run's folder as CONFIG continues it
     assert same_weights(whole, stopped)
     assert losses(stopped) == losses(whole)
     assert len(json.loads((stopped / "run.json").read_text())["starts"]) == 2
     events = EventAccumulator(str(stopped)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
-    assert train.main(["stopped"]) == 0  # finished: nothing to do
+    assert trained("stopped") == 0  # finished: nothing to do
     assert losses(stopped) == losses(whole)
 
 
@@ -141,7 +140,7 @@ def test_interrupted_while_validating(run, monkeypatch):
         patch.setattr(train.Trainer, "interruptible", signal_then_validate)
         stopped = run(*EVERYTHING_RANDOM, output="stopped", status=128 + signal.SIGTERM)
     assert not (stopped / "metrics.csv").exists()
-    train.main(["stopped"])
+    trained("stopped")
     assert same_weights(whole, stopped)
     assert losses(stopped) == losses(whole)
 
@@ -349,9 +348,7 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
 
 
 def validated(arguments, record):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["validate.py", *arguments, "--record", str(record)])
-        validate.main()
+    assert run_script("classification/validate.py", *arguments, "--record", record) == 0
     return json.loads(record.read_text())
 
 
@@ -492,13 +489,12 @@ def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(r
 
 
 def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
-    from metaformer.training import slurm as submit
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.yaml").write_text("")
-    settings = ["--cluster", "local", "--gpus", "1", "--logs", str(tmp_path / "logs")]
-    settings += ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=40", f"output={tmp_path / 'run'}"]
-    job = submit.submit(settings)
+    settings = ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=40", "output=run"]
+    [job] = slurm.submit(
+        [slurm.TrainingJob([*settings, "--resume"], 1)], "local", str(tmp_path / "logs"), None, 1, 1, 9
+    )
     wait_for(tmp_path / "run" / "metrics.csv")
     # Slurm signals the task; the local executor's controller, whose process is the job's, is no part of a cluster.
     [task] = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
