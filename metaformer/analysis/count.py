@@ -1,11 +1,5 @@
-"""Parameters and multiply-accumulates (MACs) of a model, by operator and by part.
+"""Parameters and multiply-accumulates (MACs) of a model, by operator and by part."""
 
-python analysis/count.py MODEL [--size SIDE | --size HEIGHT WIDTH] [--json]
-
-MODEL is any name that timm knows, or a config of mmdet or mmseg (which this repository has under configs/).
-"""
-
-import argparse
 import hashlib
 import json
 import math
@@ -101,7 +95,8 @@ def cached_count(model: str) -> dict[str, Any]:
 
 def definition(model: str) -> str:
     """A digest of what a count depends on: the source of the models and of this file, the config, the libraries."""
-    files = [*ROOT.glob("metaformer/**/*.py")]
+    files = [*ROOT.glob("metaformer/*.py"), *ROOT.glob("metaformer/mm/*.py")]
+    files += [ROOT / "metaformer/analysis/count.py", ROOT / "metaformer/analysis/baselines.py"]
     if model.endswith(".py"):
         files += [ROOT / model, *(ROOT / model).parent.glob("_base_/*.py")]
     digest = hashlib.sha256(model.encode())
@@ -242,36 +237,3 @@ def side_after(side: int, kernel: int, stride: int, padding: int, dilation: int)
 
 def side_after_transposed(side: int, kernel: int, stride: int, padding: int, dilation: int, out_padding: int) -> int:
     return (side - 1) * stride - 2 * padding + dilation * (kernel - 1) + out_padding + 1
-
-
-def report(name: str, counted: dict[str, Any]) -> str:
-    macs = sum(counted["macs"].values())
-    height, width = counted["size"]
-    frozen = f" + {counted['frozen']:,} frozen" if counted["frozen"] else ""
-    lines = [
-        f"{name} at {height} x {width}",
-        f"  parameters  {counted['learnable']:>15,}{frozen}",
-        f"  MACs        {macs:>15,}  ({macs / 1e9:.2f} G)",
-        "",
-        f"  {'operator':<28} {'MACs':>15}",
-        *(f"  {operator:<28} {number:>15,}" for operator, number in counted["macs"].items()),
-        "",
-        f"  {'part':<28} {'MACs':>15} {'parameters':>13}",
-        *(f"  {part:<28} {of['macs']:>15,} {of['parameters']:>13,}" for part, of in counted["parts"].items()),
-        "",
-        "  not counted: " + (", ".join(f"{op} x {times}" for op, times in counted["uncounted"].items()) or "nothing"),
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Parameters and MACs of a model, by operator and by part.")
-    parser.add_argument("model", help="any name that timm knows, or a config of mmdet or mmseg")
-    parser.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of the image")
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
-    arguments = parser.parse_args()
-    size = arguments.size
-    if size and (len(size) > 2 or min(size) < 1):
-        raise InputError(f"--size {' '.join(map(str, size))}: give one side or height and width, in pixels")
-    counted = count(arguments.model, (size[0], size[-1]) if size else None)
-    print(json.dumps(counted, indent=2) if arguments.json else report(arguments.model, counted))

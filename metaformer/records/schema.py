@@ -1,0 +1,312 @@
+"""The fields of result records, and what must hold between them."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from metaformer.errors import InputError
+
+DEEPEST = 50
+"""Levels of nesting that a record may have; what runs write has fewer than ten."""
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Hardware(Part):
+    cpu: str
+    cores: Positive
+    gpus: list[str]
+
+    @property
+    def processor(self) -> str:
+        return f"{self.cpu}, {self.cores} cores"
+
+    @property
+    def device(self) -> str:
+        """What training runs on."""
+        return self.gpus[0] if self.gpus else self.processor
+
+
+class Provenance(Part):
+    command: str
+    commit: str | None
+    versions: dict[str, str | None]
+    hardware: Hardware
+    date: str
+
+
+class Data(Part):
+    classes: Positive
+
+
+class EvaluatedData(Data):
+    images: Positive
+
+
+class Weights(Part):
+    file: str
+    sha256: str | None
+
+
+class TrainedFor(Part):
+    epochs: Positive
+    seed: int
+
+
+class ClassificationSettings(Part):
+    img_size: Positive
+    model_args: dict[str, Any] = {}
+
+
+class ClassificationMetrics(Part):
+    top1: Percent
+    top5: Percent
+    images: Positive
+
+
+class Classification(Provenance):
+    kind: Literal["classification"]
+    model: str
+    checkpoint: Weights
+    training: TrainedFor | None
+    data: Data
+    settings: ClassificationSettings
+    metrics: ClassificationMetrics
+
+    @property
+    def images(self) -> int:
+        return self.metrics.images
+
+
+class OfToolbox(Provenance):
+    model: str
+    checkpoint: Weights | None
+    data: EvaluatedData
+    metrics: dict[str, float]
+
+    @property
+    def images(self) -> int:
+        return self.data.images
+
+
+class Detection(OfToolbox):
+    kind: Literal["detection"]
+
+
+class Segmentation(OfToolbox):
+    kind: Literal["segmentation"]
+
+
+class TrainingSettings(Part):
+    study: str | None = None
+    row: str | None = None
+
+
+class Epoch(Part):
+    top1: Percent
+
+
+class Training(Part):
+    kind: Literal["training"]
+    status: Literal["running", "stopped", "finished", "failed", "diverged"] = "finished"
+    error: str | None = None
+    model: str
+    data: Data
+    devices: Positive
+    images_per_s: Amount | None
+    wall_s: Amount | None = None
+    seed: int | None
+    starts: Annotated[list[Provenance], Field(min_length=1)]
+    settings: TrainingSettings
+    curve: list[Epoch] = []
+    """By epoch."""
+
+    @model_validator(mode="after")
+    def _has_its_result(self) -> "Training":
+        study = self.settings.study is not None
+        if self.status == "failed" or (self.status == "diverged" and not study):
+            raise ValueError(f"the run {self.status}: {self.error}")
+        if study and self.status not in ("finished", "diverged"):
+            raise ValueError(f"a run of a study counts when it is done, and this one is {self.status}")
+        if study and self.seed is None:
+            raise ValueError("a run of a study has a seed")
+        if self.status != "diverged" and (self.images_per_s is None or (study and not self.curve)):
+            raise ValueError("the run has not finished an epoch")
+        return self
+
+    @property
+    def date(self) -> str:
+        return self.starts[-1].date
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.starts[-1].hardware
+
+
+class BenchmarkSettings(Part):
+    batch: Positive
+    size: tuple[Positive, Positive]
+    precision: str
+    memory_format: str
+    device: Literal["cpu", "cuda"]
+    rounds: Positive
+    seed: int
+
+
+class Rates(Part):
+    """What the machine does at most: large matrix products and large copies."""
+
+    macs_per_s: Amount
+    bytes_per_s: Amount
+
+
+class Floor(Part):
+    """Of a batch."""
+
+    macs: Positive
+    bytes: Positive
+    seconds: Amount
+
+
+class Contestant(Part):
+    form: str
+    compiled: bool
+    seconds: Annotated[list[Amount], Field(min_length=1)]
+    """Of a call on the batch, in each round."""
+    saved_bytes_per_image: Amount | None
+    peak_bytes: Positive | None
+
+
+class Timed(Part):
+    task: Literal["inference", "training"]
+    floor: Floor
+    contestants: Annotated[list[Contestant], Field(min_length=1)]
+
+    @field_validator("contestants")
+    @classmethod
+    def _took_turns(cls, contestants: list[Contestant]) -> list[Contestant]:
+        if len({len(contestant.seconds) for contestant in contestants}) > 1:
+            raise ValueError("not all have as many rounds")
+        return contestants
+
+
+class Benchmark(Provenance):
+    kind: Literal["benchmark"]
+    model: str
+    settings: BenchmarkSettings
+    rates: Rates
+    tasks: Annotated[list[Timed], Field(min_length=1)]
+
+    @property
+    def device(self) -> str:
+        return self.hardware.device if self.settings.device == "cuda" else self.hardware.processor
+
+
+class Spread(Part):
+    median: Amount
+    min: Amount
+    max: Amount
+
+
+class Decoder(Part):
+    decode_images_per_s: Spread
+    loader_images_per_s_per_worker: Spread
+    loader_relative_to_pillow: Spread
+    workers_needed: Positive | None
+
+
+class Pictures(Data):
+    mean_width: Amount
+    mean_height: Amount
+    mean_bytes: Amount
+
+
+class Loading(Provenance):
+    kind: Literal["loader"]
+    data: Pictures
+    workers: Positive
+    rounds: Positive
+    consume_images_per_s: Amount | None
+    decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
+    settings: ClassificationSettings
+
+    @property
+    def model(self) -> str:
+        """A loader has none; what its file is called by."""
+        return "jpeg"
+
+
+class Fault(Part):
+    fault: str
+    tried: Count
+    survived: Count
+    lost: Count
+    seeds: list[int]
+    """Of those lost."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Fault":
+        if self.survived + self.lost != self.tried or len(self.seeds) != self.lost:
+            raise ValueError("survived and lost are not those tried")
+        return self
+
+
+class Faults(Provenance):
+    kind: Literal["faults"]
+    model: str
+    rounds: Positive
+    seed: Count
+    faults: Annotated[list[Fault], Field(min_length=1)]
+
+
+Record = Classification | Detection | Segmentation | Training | Benchmark | Loading | Faults
+SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file.
+
+    Raises:
+        InputError: no such file, not JSON, or a field that is missing or wrong; names the file and the field.
+    """
+    return parse(load(path), path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the record {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a result record: it is not JSON ({error})") from error
+    if depth(record) > DEEPEST:
+        raise InputError(f"{path} is not a result record: it is nested more than {DEEPEST} deep")
+    return record
+
+
+def depth(value: Any) -> int:
+    """How deep lists and dictionaries are nested; without recursion, which has a limit of its own."""
+    levels, level = 0, [value]
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        levels += 1
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
+    return levels
+
+
+def parse(record: Any, path: Path) -> Record:
+    try:
+        return SCHEMA.validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The first part of a place is the kind, which the union adds.
+        place = ".".join(str(part) for part in first["loc"][1:]) or "kind"
+        raise InputError(f"{path} is not a result record: {place}: {first['msg']}") from error
