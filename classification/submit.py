@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--time", type=int, default=4320, help="minutes until the end (default: %(default)s)")
     parser.add_argument("--logs", default="runs/slurm", help="folder of the job's own output (default: %(default)s)")
     options, settings = parser.parse_known_args()
+    if min(options.nodes, options.gpus, options.cpus_per_gpu, options.time) < 1:
+        raise InputError("--nodes, --gpus, --cpus-per-gpu and --time are whole numbers from 1")
     if options.cluster == "local" and options.nodes > 1:
         raise InputError("--cluster local has one node: leave out --nodes")
     if load_config(settings).output is None:

@@ -1,6 +1,7 @@
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -97,3 +98,10 @@ def run_script(script: str, *arguments: object) -> int:
     ):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return ended.value.code or 0
+
+
+def wait_for(file: Path, seconds: float = 120) -> None:
+    deadline = time.time() + seconds
+    while not file.exists():
+        assert time.time() < deadline, f"{file} did not appear"
+        time.sleep(0.1)

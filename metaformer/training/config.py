@@ -92,7 +92,7 @@ class Config(BaseModel):
     sched_on_updates: bool = Field(False, description="Change the learning rate at every step instead of every epoch")
     opt: str = Field("adamw", description="Name of an optimizer that timm knows")
     opt_eps: NotNegative = Field(1.0e-8, description="Epsilon of the optimizer, if it has one")
-    opt_betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.999), description="Betas of the optimizer, if it has them")
+    opt_betas: tuple[BelowOne, ...] | None = Field((0.9, 0.999), description="Its betas, if it has any. null: its own")
     weight_decay: NotNegative = Field(0.05, description="Weight decay of all parameters but vectors, such as biases")
     layer_decay: PositiveShare | None = Field(None, description="Learning-rate factor for each layer down. null: 1")
     clip_grad: Above0 | None = Field(None, description="Largest norm of the gradient. null: no clipping")
@@ -300,6 +300,8 @@ def allowed(schema: dict[str, Any]) -> str:
         return " or ".join(allowed(part) for part in schema["anyOf"])
     if "enum" in schema:
         return " | ".join(schema["enum"])
+    if "items" in schema:
+        return f"[{allowed(schema['items'])}, ...]"
     if "prefixItems" in schema:
         return f"[{', '.join(allowed(item) for item in schema['prefixItems'])}]"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -21,8 +21,8 @@ from torch.utils.data import IterableDataset
 
 from metaformer.errors import InputError
 from metaformer.provenance import provenance
-from metaformer.training.checkpoints import MAY_CHANGE, Checkpoints, Progress, open_folder
-from metaformer.training.config import Config
+from metaformer.training.checkpoints import MAY_CHANGE, Checkpoints, Progress, check_same_settings, open_folder
+from metaformer.training.config import Config, check
 from metaformer.training.data import (
     TrainBatches,
     Unreadable,
@@ -77,6 +77,19 @@ def split_batch(global_batch: int, device_batch: int, world: int, even: bool) ->
         f"each process takes {share} of the {global_batch} images in a step, and Mixup and CutMix need even numbers: "
         f"use global_batch={(share + 1) * world}, or mixup=0 cutmix=0"
     )
+
+
+def build_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    options = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay, "eps": config.opt_eps}
+    if config.opt_betas is not None:
+        options["betas"] = config.opt_betas
+    try:
+        optimizer = create_optimizer_v2(model, opt=config.opt, lr=lr, **options)
+    except Exception as error:  # some need CUDA, a package, or other betas; each says so in its own way
+        raise InputError(f"cannot make opt={config.opt} with opt_betas={config.opt_betas}: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"opt={config.opt} needs second derivatives, which the training loop does not compute")
+    return optimizer
 
 
 class Trainer:
@@ -134,15 +147,7 @@ class Trainer:
         ) if mixing else None  # fmt: skip
 
         self.lr = config.lr if config.lr is not None else config.base_lr * config.global_batch / 1024
-        self.optimizer = create_optimizer_v2(
-            model,
-            opt=config.opt,
-            lr=self.lr,
-            weight_decay=config.weight_decay,
-            eps=config.opt_eps,
-            betas=config.opt_betas,
-            layer_decay=config.layer_decay,
-        )
+        self.optimizer = build_optimizer(config, model, self.lr)
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             sched=config.sched,
@@ -209,6 +214,7 @@ class Trainer:
         return weights
 
     def load(self, state: dict[str, Any]) -> None:
+        check_same_settings(check(state["config"], str(self.checkpoints.last)), self.config, self.output)
         for name, value in self.data_facts().items():
             if state.get(name, value) != value:
                 raise InputError(

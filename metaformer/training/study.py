@@ -78,9 +78,11 @@ class Run(NamedTuple):
         return self.folder.with_suffix(".log")
 
     def record(self) -> dict[str, Any]:
-        """The content of run.json."""
-        file = self.folder / "run.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        """The content of run.json; empty where it is missing or damaged."""
+        try:
+            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
 
     @property
     def done(self) -> bool:
