@@ -15,7 +15,9 @@ import yaml
 
 from conftest import ROOT, draw
 from metaformer import ABLATIONS, QUESTIONS, InputError
-from metaformer.analysis import tables as make_tables
+from metaformer.analysis import studies
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.paper import rows_of
 from metaformer.records import Training, import_records, parse
 from metaformer.records.statistics import Results, statements
 from metaformer.training import slurm as submit
@@ -83,16 +85,16 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, monkeypatc
     records = {file.stem: file for file in results.glob("tiny/*.json")}
     assert records.keys() == runs.keys()
     monkeypatch.setattr(ablate, "STUDIES", tmp_path)
-    measured = make_tables.Measured(results)
+    measured = Measured(results)
     assert measured.problems == []
-    rows = {row["row"]: row for row in make_tables.proxy(measured).rows}
+    rows = {row["row"]: row for row in studies.proxy(measured).rows}
     top1 = [runs[f"baseline-{seed}"]["curve"][-1]["top1"] for seed in (0, 1)]
-    assert rows["baseline"][make_tables.TOP1].startswith(f"{sum(top1) / 2:.1f} ±")
-    assert (rows["pppa"]["runs"], rows["pppa"]["top-1 in the paper, %"]) == ("2", "78.3")
+    assert rows["baseline"]["top-1 in the study, %"].value.value == pytest.approx(sum(top1) / 2)
+    assert (str(rows["pppa"]["runs"]), str(rows["pppa"]["top-1 in the paper, %"])) == ("2", "78.3")
 
     records["pppa-1"].write_text(records["pppa-1"].read_text().replace('"lr": 0.002', '"lr": 0.004'))
     problem = "tiny has a record of row pppa, seed 1 with lr=0.004, and the study has 0.002"
-    assert problem in make_tables.Measured(results).problems[0]
+    assert problem in Measured(results).problems[0]
 
 
 def test_a_run_that_diverges_is_a_result(study, data, tmp_path, monkeypatch, capsys):
@@ -101,10 +103,10 @@ def test_a_run_that_diverges_is_a_result(study, data, tmp_path, monkeypatch, cap
     assert "baseline, seed 0: diverged (the loss was not finite" in capsys.readouterr().out
     import_records([tmp_path / "out"], tmp_path / "results")
     monkeypatch.setattr(ablate, "STUDIES", tmp_path)
-    measured = make_tables.Measured(tmp_path / "results")
+    measured = Measured(tmp_path / "results")
     assert measured.problems == []
     assert measured.studies["tiny"].top1 == {"baseline": {0: 100 / 3}}
-    assert make_tables.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
+    assert studies.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
 
 
 def test_a_stopped_study_continues_where_it_stood(study, data, tmp_path):
@@ -221,7 +223,7 @@ def test_every_ablation_is_a_row():
 
 
 def results(monkeypatch, top1: dict[str, list[float]]) -> Results:
-    monkeypatch.setattr("proxy.check_recipe", lambda *_: None)
+    monkeypatch.setattr("metaformer.records.statistics.check_recipe", lambda *_: None)
     records = []
     for row, values in top1.items():
         for seed, value in enumerate(values):
@@ -290,9 +292,7 @@ def test_rank_correlation(monkeypatch):
 
 
 def test_the_papers_own_figures_agree_with_its_conclusions():
-    make_tables.paper.cache_clear()
-    figures = {row["build"]: row["top1"] for row in make_tables.paper()["table5"]["rows"]}
-    top1 = {row: figures[of["model"]] for row, of in ablate.ROWS.items() if of["model"] in figures}
+    top1 = {row["row"]: row["top1"] for row in rows_of("table5")}
     top1 |= {"chance": 0.1, "point": 1.0}
     for statement in statements()["conclusions"]:
         for weights in statement["tests"]:

@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from metaformer.errors import InputError
 
+__all__ = [
+    *("Benchmark", "Classification", "Contestant", "Detection", "Faults", "Loading", "Record", "Segmentation"),
+    *("Spread", "Timed", "Training", "parse", "read_record"),
+]
 DEEPEST = 50
 """Levels of nesting that a record may have; what runs write has fewer than ten."""
 
