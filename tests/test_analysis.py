@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT
 from metaformer import ABLATIONS, POOLFORMERS, InputError, records
-from metaformer.analysis import count, figures, gradcam, outputs, paper, tables
+from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, tables
 
 PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
 TABLES = [name for name in PAPER if name.startswith("table")]
@@ -314,12 +314,12 @@ def make_tables(command):
     return lambda *arguments: command("analysis/make_tables.py", *arguments)
 
 
-def evaluation(model="poolformer_s12", top1=77.0, file="best.pt", epochs=300, **changes) -> dict:
+def evaluation(model="poolformer_s12", top1=77.0, file="best.pt", epochs=300, sha256="0" * 64, **changes) -> dict:
     """A record as validate.py writes it, of ImageNet-1K unless changed."""
     return {
         "kind": "classification",
         "model": model,
-        "checkpoint": {"file": file, "sha256": "0" * 64},
+        "checkpoint": {"file": file, "sha256": sha256},
         "training": {"epochs": epochs, "seed": 0},
         "data": {"dataset": "folder", "data_dir": "imagenet", "classes": 1000, "val_images": 50000},
         "settings": {"img_size": 224, "crop_pct": 0.9, "precision": "float32"},
@@ -331,6 +331,30 @@ def evaluation(model="poolformer_s12", top1=77.0, file="best.pt", epochs=300, **
         "date": "2026-01-01T00:00:00+00:00",
         **changes,
     }
+
+
+def common() -> dict:
+    return {key: evaluation()[key] for key in ("command", "commit", "versions", "hardware", "date")}
+
+
+def detection(metrics: dict) -> dict:
+    return {
+        **{"kind": "detection", "model": "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", **common()},
+        **{"checkpoint": evaluation()["checkpoint"], "data": {"images": 5000, "classes": 80}, "metrics": metrics},
+    }
+
+
+def segmentation(metrics: dict) -> dict:
+    return {
+        **{"kind": "segmentation", "model": "fpn_poolformer-s12_8xb4-40k_ade20k-512x512", **common()},
+        **{"checkpoint": evaluation()["checkpoint"], "data": {"images": 2000, "classes": 150}, "metrics": metrics},
+    }
+
+
+TRAINING = {
+    **{"kind": "training", "model": "poolformer_s24", "data": {"classes": 1000}, "devices": 8, "seed": 0},
+    **{"images_per_s": 8000.0, "settings": {"img_size": 224}},
+}
 
 
 def put(root: Path, name: str, record: dict | str) -> Path:
@@ -392,9 +416,9 @@ def test_writes_all_tables_and_then_nothing_changes(root, make_tables):
 
 def test_a_record_fills_the_cells_of_its_row(root, make_tables):
     put(root, "a", evaluation(top1=77.0))
-    put(root, "b", evaluation(top1=77.4))
+    put(root, "b", evaluation(top1=77.4, sha256="1" * 64))
     put(root, "c", evaluation(top1=77.24, file="poolformer_s12.pth.tar", training=None))
-    put(root, "d", evaluation(top1=78.83, epochs=2000))
+    put(root, "d", evaluation(top1=78.83, epochs=2000, sha256="2" * 64))
     assert make_tables("table2", "table5", "table7", "--format", "csv")[0] == 0
     both = "77.2 ± 0.3 of 2 runs (best.pt); 77.2 (poolformer_s12.pth.tar)"
     assert table(root, "table2").set_index("model").loc["PoolFormer-S12", "top-1, % (here)"] == both
@@ -406,20 +430,9 @@ def test_a_record_fills_the_cells_of_its_row(root, make_tables):
 
 
 def test_records_of_detection_segmentation_and_training(root, make_tables):
-    common = {key: evaluation()[key] for key in ("checkpoint", "command", "commit", "versions", "hardware", "date")}
-    detection = {"bbox_mAP": 0.371, "bbox_mAP_50": 0.59, "segm_mAP": 0.344}
-    put(root, "det", {
-        "kind": "detection", "model": "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", **common,
-        "data": {"images": 5000, "classes": 80}, "metrics": {f"coco/{k}": v for k, v in detection.items()},
-    })  # fmt: skip
-    put(root, "seg", {
-        "kind": "segmentation", "model": "fpn_poolformer-s12_8xb4-40k_ade20k-512x512", **common,
-        "data": {"images": 2000, "classes": 150}, "metrics": {"mIoU": 37.01, "aAcc": 70.0},
-    })  # fmt: skip
-    put(root, "speed", {
-        "kind": "training", "model": "poolformer_s24", "data": {"classes": 1000}, "devices": 8, "seed": 0,
-        "images_per_s": 8000.0, "settings": {"img_size": 224}, "starts": [common],
-    })  # fmt: skip
+    put(root, "det", detection({"coco/bbox_mAP": 0.371, "coco/bbox_mAP_50": 0.59, "coco/segm_mAP": 0.344}))
+    put(root, "seg", segmentation({"mIoU": 37.01, "aAcc": 70.0}))
+    put(root, "speed", {**TRAINING, "starts": [common()]})
     assert make_tables("table3", "table4", "cost", "--format", "csv")[0] == 0
     row = table(root, "table3").set_index(["head", "backbone"]).loc["Mask R-CNN", "PoolFormer-S12"]
     assert (row["AP, % (here)"], row["mask AP, % (here)"]) == ("37.1 (best.pt)", "34.4 (best.pt)")
@@ -440,26 +453,64 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         (evaluation(metrics={"top1": 77.0, "images": 50000}), "metrics.top5: Field required"),
         (evaluation(metrics={"top1": 770, "top5": 99, "images": 50000}), "metrics.top1: Input should be less than"),
         (evaluation(data={"classes": "many"}), "data.classes: Input should be a valid integer"),
+        (evaluation(metrics={"top1": 77.0, "top5": 76.0, "images": 50000}), "it cannot be the smaller"),
+        (evaluation(metrics={"top1": 0.7724, "top5": 0.93, "images": 50000}), "top1 is 0.7724, which is no percentage"),
+        (evaluation(metrics={"top1": float("nan"), "top5": 99, "images": 50000}), "metrics.top1"),
+        (detection({"coco/bbox_mAP": 37.1}), "coco/bbox_mAP is 37.1: it is a fraction"),
+        (detection({"coco/segm_mAP_50": float("nan")}), "coco/segm_mAP_50 is nan: it is a fraction"),
+        (segmentation({"mIoU": float("nan")}), "mIoU is nan: it is a percentage"),
+        (segmentation({"mIoU": 0.37, "aAcc": 0.78}), "aAcc is 0.78: the metrics are percentages"),
         (evaluation(model="poolformer_s21"), "model 'poolformer_s21' is in no table (did you mean 'poolformer_s"),
         (evaluation(data={"classes": 10}), "data of 10 classes, but table2 has 1000"),
-        (evaluation(metrics={"top1": 7, "top5": 9, "images": 40}), "40 images, but table2 is measured on 50000"),
+        (evaluation(metrics={"top1": 7.5, "top5": 10, "images": 40}), "40 images, but table2 is measured on 50000"),
         (evaluation(settings={"img_size": 128}), "settings.img_size is 128, but table2 has 224"),
+        (evaluation(settings={"img_size": 224, "crop_pct": 1.0}), "settings.crop_pct is 1.0, but poolformer_s12 is"),
         (evaluation(settings={"img_size": 224, "model_args": {"dims": [8]}}), "settings.model_args is {'dims': [8]}"),
         (evaluation(epochs=7), "training.epochs is 7"),
         (
             evaluation(model="fpn_r50_8xb4-40k_ade20k-512x512", data={"classes": 150}),
             "a record of classification, but table4 is about segmentation",
         ),
+        (evaluation(top1=77.1), "holds a record that is there under another name"),
     ],
 )
-def test_a_wrong_record_is_named_and_the_tables_still_written(record, says, root, make_tables):
+def test_a_wrong_record_is_named_and_the_others_shown(record, says, root):
     path = put(root, "wrong", record)
     put(root, "right", evaluation(top1=77.1))
+    found = measured.Measured(root / "analysis/results")
+    (problem,) = found.problems
+    assert str(path) in problem
+    assert says in problem
+    assert str(found.accuracy("poolformer_s12", measured.top1)) == "77.1 (best.pt)"
+
+
+def test_the_tables_are_written_beside_a_wrong_record(root, make_tables):
+    path = put(root, "wrong", "{")
+    put(root, "right", evaluation(top1=77.1))
     status, _, error = make_tables("table2", "--format", "csv")
-    assert status == 2
-    assert str(path) in error.splitlines()[-1]
-    assert says in error.splitlines()[-1]
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"error: {path} is not a result record: it is not JSON" in error
     assert table(root, "table2").set_index("model").loc["PoolFormer-S12", "top-1, % (here)"] == "77.1 (best.pt)"
+
+
+def test_the_same_weights_evaluated_again_are_no_further_run(root):
+    later = {"date": "2026-02-01T00:00:00+00:00"}
+    put(root, "a", evaluation(top1=77.0))
+    put(root, "b", evaluation(top1=77.2, **later))
+    put(root, "c", {**TRAINING, "starts": [common()], "images_per_s": 100.0})
+    put(root, "d", {**TRAINING, "starts": [common(), {**common(), **later}], "images_per_s": 110.0})
+    found = measured.Measured(root / "analysis/results")
+    assert found.problems == []
+    assert str(found.accuracy("poolformer_s12", measured.top1)) == "77.2 (best.pt)"
+    assert [record.images_per_s for record in found.of_model("training", "poolformer_s24")] == [110.0]
+
+
+def test_sizes_without_objects_have_no_accuracy(root):
+    put(root, "det", detection({"coco/bbox_mAP": 0.371, "coco/bbox_mAP_s": -1.0}))
+    found = measured.Measured(root / "analysis/results")
+    model = "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco"
+    assert str(found.accuracy(model, measured.metric("coco/bbox_mAP", 100))) == "37.1 (best.pt)"
+    assert str(found.accuracy(model, measured.metric("coco/bbox_mAP_s", 100))) == "not run"
 
 
 @pytest.mark.parametrize(
