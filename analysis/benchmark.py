@@ -27,55 +27,51 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from metaformer.analysis.benchmark import benchmark
-from metaformer.analysis.contestants import DTYPES, LAYOUTS, OTHERS, OURS, TASKS, Settings, chosen, chosen_forms
+from metaformer.analysis.contestants import DTYPES, LAYOUTS, OTHERS, OURS, TASKS, Settings, chosen_forms
 from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import timings, title
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import write_json
 from metaformer.records import Benchmark
 
-DEVICES = ("cpu", "cuda")
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", default="poolformer_s12", metavar="MODEL", help="a model of ours (default: %(default)s)")
-    forms = ", ".join(OURS + OTHERS)
-    add("--forms", nargs="+", metavar="FORM", help=f"of {forms} (default: all; plain and fused if not a PoolFormer)")
-    add("--tasks", nargs="+", metavar="TASK", default=TASKS, help=f"of {', '.join(TASKS)} (default: both)")
+    all_forms = "all for a PoolFormer, plain and fused for another model"
+    add("--forms", nargs="+", choices=OURS + OTHERS, help=f"what is compared (default: {all_forms})")
+    add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is timed (default: both)")
     add("--compile", action="store_true", help="time each form under torch.compile as well")
-    add("--batch", type=int, default=8, metavar="N", help="images in a batch (default: %(default)s)")
-    add("--size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side, or height and width (default: 224)")
-    add("--precision", default="float32", help=f"{', '.join(DTYPES)} (default: %(default)s)")
-    add("--memory-format", default="channels_last", help=f"{', '.join(LAYOUTS)} (default: %(default)s)")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default, help=f"{', '.join(DEVICES)} (default: cuda if there is a GPU, else cpu)")
-    add("--rounds", type=int, default=7, metavar="N", help="turns of each contestant (default: %(default)s)")
+    add("--batch", type=positive, default=8, metavar="N", help="images in a batch (default: %(default)s)")
+    add("--size", type=positive, nargs="+", default=[224], metavar="PIXELS", help="side, or height and width (224)")
+    add("--precision", choices=DTYPES, default="float32", help="default: %(default)s")
+    add("--memory-format", choices=LAYOUTS, default="channels_last", help="default: %(default)s")
+    gpu = torch.cuda.is_available()
+    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="default: a GPU if there is one")
+    add("--rounds", type=positive, default=7, metavar="N", help="turns of each contestant (default: %(default)s)")
     add("--record", type=Path, metavar="FILE", help="JSON record (default: runs/benchmark-MODEL-DATE.json)")
     return parser.parse_args()
 
 
-def checked(options: argparse.Namespace) -> Settings:
-    for name in ("batch", "rounds"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} is {getattr(options, name)}: give 1 or more")
-    size = options.size
-    if len(size) > 2 or min(size) < 1:
+def settings_of(options: argparse.Namespace) -> Settings:
+    size, device = options.size, torch.device(options.device)
+    if len(size) > 2:
         raise InputError(f"--size {' '.join(map(str, size))}: give one side or height and width, in pixels")
-    chosen("precision", [options.precision], tuple(DTYPES))
-    chosen("memory format", [options.memory_format], tuple(LAYOUTS))
-    chosen("device", [options.device], DEVICES)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("PyTorch finds no GPU here: use --device cpu")
     if options.device == "cpu" and options.precision in ("float16", "tf32"):
         raise InputError(f"--precision {options.precision} needs a GPU: use float32 or bfloat16 on a CPU")
-    if options.compile and options.device == "cpu":
+    if options.device == "cpu" and options.compile:
         check_compiler()
-    device, layout = torch.device(options.device), options.memory_format
-    return Settings(
-        options.model, options.batch, (size[0], size[-1]), options.precision, layout, device, options.rounds
-    )
+    shape = options.batch, (size[0], size[-1])
+    return Settings(options.model, *shape, options.precision, options.memory_format, device, options.rounds)
 
 
 def check_compiler() -> None:
@@ -113,8 +109,8 @@ def record_path(options: argparse.Namespace) -> Path:
 
 def main() -> None:
     options = parse()
-    settings = checked(options)
-    tasks = chosen("task", options.tasks, TASKS)
+    settings = settings_of(options)
+    tasks = [task for task in TASKS if task in options.tasks]
     forms = chosen_forms(settings.model, options.forms, tasks)
     path = record_path(options)
     record = benchmark(forms, [False, True] if options.compile else [False], tasks, settings)

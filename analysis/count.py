@@ -39,7 +39,7 @@ def main() -> None:
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="side of a square image, or height and width (default: the model's own; 800 1280 for mmdet, 512 for mmseg)",
+        help="side, or height and width, of the image (default: the model's own; 800 1280 for mmdet, 512 for mmseg)",
     )
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = parser.parse_args()

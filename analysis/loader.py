@@ -3,9 +3,9 @@
     python analysis/loader.py --data-dir FOLDER [--config FILE] [--workers N] [--images N] [--rounds N]
         [--consume IMAGES_PER_S] [--record FILE]
 
-The loader is the one that classification/train.py builds for the config. Normalisation, random erasing, Mixup and CutMix
-are not part of it: training applies them to whole batches on the device. The pictures are the same in every round and
-come from the system's file cache, so that the speed of a disk or network must be measured separately.
+The loader is the one that classification/train.py builds for the config. Normalisation, random erasing, Mixup and
+CutMix are not part of it: training applies them to whole batches on the device. The pictures are the same in all rounds
+and come from the system's file cache, so that the speed of a disk or network must be measured separately.
 """
 
 import argparse

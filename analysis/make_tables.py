@@ -2,8 +2,8 @@
 
     python analysis/make_tables.py [TABLE...] [--format md,csv,tex] [--check]
 
-The tables go to analysis/tables/ and to the marked sections of the README files; a line is printed for each. The recipes
-in configs/ablations/ are written with table5.
+The tables go to analysis/tables/ and to the marked sections of the README files; a line is printed for each. table5
+also writes its recipes in configs/ablations/.
 """
 
 import argparse

@@ -19,9 +19,9 @@ def main() -> None:
         nargs="+",
         type=Path,
         metavar="RECORD_OR_FOLDER",
-        help="a record file (of benchmark.py, loader.py, validate.py); a run folder of classification/ (its run.json and "
-        "validation.json); an output folder of ablate.sh (the run.json of every finished run); or a work dir of mmdet "
-        "or mmseg (result.json and training.json beside the logs)",
+        help="a record file (of benchmark.py, loader.py, validate.py); a run folder of classification/ (run.json and "
+        "validation.json); an output folder of ablate.sh (run.json of every finished run); or a work dir of mmdet or "
+        "mmseg (result.json and training.json beside the logs)",
     )
     for target in import_records(parser.parse_args().sources):
         print(target)

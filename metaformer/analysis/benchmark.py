@@ -147,10 +147,8 @@ def synchronise(device: torch.device) -> None:
 
 def saved_bytes(contestant: Contestant) -> int:
     """Bytes that autograd keeps from a forward pass: each storage once, without parameters and buffers."""
-    own = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in chain(contestant.model.parameters(), contestant.model.buffers())
-    }
+    model = contestant.model
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:

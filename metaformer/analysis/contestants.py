@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metaformer
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError
 from metaformer.formats import StateDict
 from metaformer.mixers import Size
 from metaformer.model import MetaFormer
@@ -61,23 +61,15 @@ class Contestant(NamedTuple):
         return f"{self.form} ({'compiled' if self.compiled else 'eager'})"
 
 
-def chosen(kind: str, given: list[str], known: tuple[str, ...]) -> list[str]:
-    """The names in ``given``, each once, in the order of ``known``; ``InputError`` if one is not known."""
-    for name in given:
-        if name not in known:
-            raise InputError(f"there is no {kind} {name!r}{nearest(name, known)}: there are {', '.join(known)}")
-    return [name for name in known if name in given]
-
-
 def chosen_forms(model: str, given: list[str] | None, tasks: list[str]) -> list[str]:
-    """The forms to compare: those given, or all for a PoolFormer, plain and fused for another model.
+    """The forms to compare, each once: those given, or all for a PoolFormer, plain and fused for another model.
 
     Raises:
-        InputError: no such model or form, a form that the model does not have, or one that cannot do the task.
+        InputError: no such model, a form that the model does not have, or only one that cannot do a task.
     """
     variant_arguments(model)
     others = model in metaformer.POOLFORMERS
-    forms = chosen("form", given or (OURS + OTHERS if others else OURS[:2]), OURS + OTHERS)
+    forms = [form for form in OURS + OTHERS if form in (given or (OURS + OTHERS if others else OURS[:2]))]
     if not others and (without := [form for form in forms if form in OTHERS]):
         raise InputError(f"{' and '.join(without)} has no {model}: use the forms {', '.join(OURS)}")
     if forms == ["folded"] and "training" in tasks:

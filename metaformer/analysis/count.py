@@ -56,7 +56,8 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
     Raises:
         InputError: no such model or config, or a size that it does not take.
     """
-    network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
+    with shapes_only():
+        network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
     analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, 3, *size))
     analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -144,13 +145,14 @@ def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
 
 def two_stages(detector: nn.Module, images: Tensor) -> Any:
     """A two-stage detector with the same number of boxes whatever its first stage finds; RoIAlign left out."""
-    levels = detector.extract_feat(images)
-    heads = detector.roi_head
-    boxes, masks = (
-        images.new_zeros(number, extractor.out_channels, *extractor.roi_layers[0].output_size)
-        for number, extractor in ((PROPOSALS, heads.bbox_roi_extractor), (MASKS, heads.mask_roi_extractor))
-    )
-    return detector.rpn_head(levels), heads.bbox_head(boxes), heads.mask_head(masks)
+    levels, heads = detector.extract_feat(images), detector.roi_head
+    outputs = [detector.rpn_head(levels)]
+    for number, kind in ((PROPOSALS, "bbox"), (MASKS, "mask")):
+        if getattr(heads, f"with_{kind}"):
+            extractor = getattr(heads, f"{kind}_roi_extractor")
+            regions = images.new_zeros(number, extractor.out_channels, *extractor.roi_layers[0].output_size)
+            outputs.append(getattr(heads, f"{kind}_head")(regions))
+    return outputs
 
 
 def parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -174,11 +176,11 @@ ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Trace without the arithmetic: convolutions and matrix products give zeros of the right shape.
+    """Build and trace without the arithmetic: no random weights; zeros from convolutions and matrix products.
 
-    Counting needs no more, and detectors are counted in a second. (On the meta device, where there is no arithmetic
-    either, PyTorch's convolution cannot be traced.) Attention is taken in its parts, not as one operator that fvcore
-    does not know.
+    Counting needs shapes alone, and takes a second for a detector this way. PyTorch cannot trace its convolutions on
+    the meta device, which would do the same. Attention is traced in its parts, since fvcore does not know the operator
+    that computes it at once.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -212,6 +214,8 @@ def transposed_convolution(x, weight, bias=None, stride=1, padding=0, output_pad
 class NoArithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
+        if func in (aten.normal_.default, aten.uniform_.default, aten.erfinv_.default):
+            return args[0]
         if func is aten.convolution.default:
             raise RuntimeError("it calls a convolution in a way that a trace does not see")
         if func is aten._convolution.default:

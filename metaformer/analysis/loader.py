@@ -4,9 +4,9 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -73,7 +73,7 @@ def measure(
     finally:
         shut_down(loader)
     speed = spread(speeds)
-    files = [dataset.reader[index][0] for batch in batches for _, index in batch]
+    files = (dataset.reader[index][0] for batch in batches for _, index in batch)
     return {
         "kind": "loader",
         "data": {
@@ -153,7 +153,7 @@ def split(images: Images, batches: TrainBatches) -> dict[str, float]:
     return {step: milliseconds / pictures for step, milliseconds in spent.items()}
 
 
-def sizes(files: list) -> dict[str, float]:
+def sizes(files: Iterable[BinaryIO]) -> dict[str, float]:
     """Mean width and height in pixels, and mean size in bytes, of opened pictures; closes them."""
     found = []
     for file in files:

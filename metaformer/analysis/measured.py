@@ -9,6 +9,7 @@ from metaformer.analysis.paper import built_rows, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Classification, Detection, Record, Segmentation, Training, read_record
 from metaformer.records.statistics import Results
+from metaformer.variants import VARIANTS
 
 Evaluation = Classification | Detection | Segmentation
 Metric = Callable[[Evaluation], float | None]
@@ -33,11 +34,13 @@ class Measured:
                     continue
                 if isinstance(record, Evaluation | Training | Benchmark):
                     check_row(record, path)
+                if record in self.records[record.kind]:
+                    raise InputError(f"{path} holds a record that is there under another name: take one out")
                 self.records[record.kind].append(record)
             except InputError as error:
                 self.problems.append(str(error))
-        for records in self.records.values():
-            records.sort(key=lambda record: record.date)
+        for kind, records in self.records.items():
+            self.records[kind] = latest(sorted(records, key=lambda record: record.date))
         for name, records in sorted(runs.items()):
             try:
                 self.studies[name] = Results(name, records)
@@ -56,6 +59,19 @@ class Measured:
                 if epochs_of(record) == epochs and (value := metric(record)) is not None:
                     by_file[record.checkpoint.file if record.checkpoint else "no checkpoint"].append(value)
         return Measurement(Accuracy(dict(by_file)) if by_file else None)
+
+
+def latest(records: list[Record]) -> list[Record]:
+    """The last record of each evaluated checkpoint and of each training run; all benchmarks and other records."""
+
+    def identity(record: Record) -> tuple:
+        if isinstance(record, Training):  # imported again after it had gone on
+            return record.model, record.starts[0].date, record.seed
+        if isinstance(record, Evaluation):  # evaluated again, which makes no further run of it
+            return record.model, record.checkpoint and (record.checkpoint.file, record.checkpoint.sha256)
+        return (id(record),)
+
+    return list({identity(record): record for record in records}.values())
 
 
 def epochs_of(record: Evaluation) -> int:
@@ -81,6 +97,10 @@ def check_row(record: Evaluation | Training | Benchmark, path: Path) -> None:
         size, own = getattr(record.settings, "img_size", None), row.get("image", 224)
         if size != own:
             raise InputError(f"{path}: settings.img_size is {size}, but {table} has {own}")
+        crop = getattr(record.settings, "crop_pct", None)
+        own_crop = VARIANTS[record.model].crop_pct if record.model in VARIANTS else crop
+        if record.kind == "classification" and crop not in (None, own_crop):
+            raise InputError(f"{path}: settings.crop_pct is {crop}, but {record.model} is evaluated with {own_crop}")
         if changed := getattr(record.settings, "model_args", {}):
             raise InputError(f"{path}: settings.model_args is {changed}, but {table} has {record.model} as it is")
     if isinstance(record, Training):
@@ -103,4 +123,5 @@ def top1(record: Classification) -> float:
 
 
 def metric(name: str, scale: float = 1) -> Metric:
-    return lambda record: scale * record.metrics[name] if name in record.metrics else None
+    """What an evaluation has under ``name``, times ``scale``; ``None`` if it has none (mmdet's -1: no such objects)."""
+    return lambda record: scale * record.metrics[name] if record.metrics.get(name, -1) >= 0 else None

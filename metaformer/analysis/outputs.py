@@ -9,7 +9,18 @@ from metaformer.analysis.paper import BUILT, ROOT, as_printed, counted_value, ro
 from metaformer.analysis.render import markdown, render, with_section
 from metaformer.analysis.speed import beside_timm, cost, loader, speed
 from metaformer.analysis.studies import conclusions, fault_rows, faults, proxy, verdicts
-from metaformer.analysis.tables import DETECTION, claims, table1, table2, table3, table4, table5, table6, table7
+from metaformer.analysis.tables import (
+    DETECTION,
+    accuracy,
+    claims,
+    table1,
+    table2,
+    table3,
+    table4,
+    table5,
+    table6,
+    table7,
+)
 from metaformer.variants import ABLATIONS, ablation_config
 
 TABLES = {
@@ -20,6 +31,8 @@ TABLES = {
     )
 }
 """Each makes a :class:`Table` of what was :class:`Measured`; its name is that of the files."""
+
+AVERAGE_PRECISION = (("box AP", "AP"), ("mask AP", "mask_AP"))
 
 
 def builds_of(tables: list[str]) -> list[str]:
@@ -62,27 +75,14 @@ def sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[str, st
     return found
 
 
-def counts(row: Row, digits: int) -> Row:
-    return {
-        "parameters": Number(counted_value(row["build"], "params"), digits, "M"),
-        "MACs": Number(counted_value(row["build"], "macs"), digits, "G"),
-    }
-
-
 def imagenet(measured: Measured) -> str:
-    return markdown(
-        [
-            {
-                "config (`configs/classification/`)": f"`{row['build']}.yaml`",
-                **counts(row, 2),
-                "parameters": Number(cached_count(row["build"])["learnable"]),
-                "top-1 in the paper (Table 2)": as_printed(row["top1"], "%"),
-                "measured here": measured.accuracy(row["build"], top1),
-            }
-            for row in rows_of("table2")
-            if row["mixer"] == "pooling"
-        ]
-    )
+    rows = []
+    for row in rows_of("table2"):
+        if row["mixer"] == "pooling":
+            exact = Number(cached_count(row["build"])["learnable"])
+            first = {"config (`configs/classification/`)": f"`{row['build']}.yaml`", "parameters": exact}
+            rows.append({**first, "MACs": counted(row, "macs", 2), **top1_of(row, measured, " (Table 2)")})
+    return markdown(rows)
 
 
 def ablation(measured: Measured) -> str:
@@ -91,44 +91,49 @@ def ablation(measured: Measured) -> str:
             {
                 "Table 5": row["variant"],
                 "model": f"`{row['build']}`",
-                **counts(row, 2),
-                "top-1 in the paper": as_printed(row["top1"], "%"),
-                "measured here": measured.accuracy(row["build"], top1),
+                "parameters": counted(row, "params", 2),
+                "MACs": counted(row, "macs", 2),
+                **top1_of(row, measured),
             }
             for row in rows_of("table5")
         ]
     )
 
 
+def top1_of(row: Row, measured: Measured, table: str = "") -> Row:
+    printed = as_printed(row["top1"], "%")
+    return {f"top-1 in the paper{table}": printed, "measured here": measured.accuracy(row["build"], top1)}
+
+
 def coco(measured: Measured) -> str:
     rows = []
     for row in rows_of("table3"):
-        cells = {
-            "config (`configs/detection/`)": f"`{Path(row['build']).name}`",
-            "parameters": counts(row, 1)["parameters"],
-        }
-        kinds = {"box AP": "AP", "mask AP": "mask_AP"}
-        for name, column in kinds.items():
-            cells[f"{name} in the paper"] = as_printed(row[column]) if column in row else None
-        for name, column in kinds.items():
-            here = measured.accuracy(row["build"], metric(DETECTION[column], 100))
-            cells[f"{name} measured here"] = here if column in row else None
-        rows.append(cells)
+        pairs = {name: accuracy(row, of, measured, metric(DETECTION[of], 100)) for name, of in AVERAGE_PRECISION}
+        rows.append(
+            {
+                **config_of(row),
+                **{f"{name} in the paper": pair.paper for name, pair in pairs.items()},
+                **{f"{name} measured here": pair.here for name, pair in pairs.items()},
+            }
+        )
     return markdown(rows)
 
 
 def ade20k(measured: Measured) -> str:
-    return markdown(
-        [
-            {
-                "config (`configs/segmentation/`)": f"`{Path(row['build']).name}`",
-                "parameters": counts(row, 1)["parameters"],
-                "mIoU in the paper": as_printed(row["mIoU"]),
-                "measured here": measured.accuracy(row["build"], metric("mIoU")),
-            }
-            for row in rows_of("table4")
-        ]
-    )
+    rows = []
+    for row in rows_of("table4"):
+        pair = accuracy(row, "mIoU", measured, metric("mIoU"))
+        rows.append({**config_of(row), "mIoU in the paper": pair.paper, "measured here": pair.here})
+    return markdown(rows)
+
+
+def config_of(row: Row) -> Row:
+    path = Path(row["build"])
+    return {f"config (`{path.parent}/`)": f"`{path.name}`", "parameters": counted(row, "params", 1)}
+
+
+def counted(row: Row, column: str, digits: int) -> Number:
+    return Number(counted_value(row["build"], column), digits, {"params": "M", "macs": "G"}[column])
 
 
 def benchmarks(measured: Measured) -> str:

@@ -43,11 +43,8 @@ class Timing(NamedTuple):
 
     def place(self) -> Row:
         """What was run."""
-        return {
-            "model": self.record.model,
-            "device": self.record.device,
-            "batch, size and precision": title(self.record),
-        }
+        record = self.record
+        return {"model": record.model, "device": record.device, "batch, size and precision": title(record)}
 
     def figures(self) -> Row:
         """How fast it was."""

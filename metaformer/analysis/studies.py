@@ -20,7 +20,9 @@ def proxy(measured: Measured) -> Table:
         notes += study_notes(name, results)
     notes.append(
         "Top-1 of the last epoch: means with 95 % intervals over the seeds, and differences from the baseline with "
-        "theirs (Welch). analysis/proxy.py has the formulas; a run that diverged counts as guessing."
+        "theirs (Welch). The variance of a row is not taken below that of a count of right images among the validation "
+        "images (binomial), so that seeds that happen to agree do not read as certain. A run that diverged counts as "
+        "guessing. metaformer/records/statistics.py has the formulas."
     )
     return Table("proxy", "The ablation at a small scale", rows, notes)
 

@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from metaformer.errors import InputError
 
+__all__ = [
+    *("Benchmark", "Classification", "Contestant", "Detection", "Faults", "Loading", "Record", "Segmentation"),
+    *("Spread", "Timed", "Training", "parse", "read_record"),
+]
 DEEPEST = 50
 """Levels of nesting that a record may have; what runs write has fewer than ten."""
 
@@ -67,10 +71,25 @@ class ClassificationSettings(Part):
     model_args: dict[str, Any] = {}
 
 
+def check_percent(name: str, percent: float, images: int) -> None:
+    """An accuracy is a number of images: a fraction in place of a percentage is most often not."""
+    right = percent / 100 * images
+    if abs(right - round(right)) > 0.001:
+        raise ValueError(f"{name} is {percent}, which is no percentage of {images} images")
+
+
 class ClassificationMetrics(Part):
     top1: Percent
     top5: Percent
     images: Positive
+
+    @model_validator(mode="after")
+    def _are_percentages(self) -> "ClassificationMetrics":
+        if self.top1 > self.top5:
+            raise ValueError(f"top1 is {self.top1} and top5 is {self.top5}: it cannot be the smaller")
+        check_percent("top1", self.top1, self.images)
+        check_percent("top5", self.top5, self.images)
+        return self
 
 
 class Classification(Provenance):
@@ -101,9 +120,27 @@ class OfToolbox(Provenance):
 class Detection(OfToolbox):
     kind: Literal["detection"]
 
+    @field_validator("metrics")
+    @classmethod
+    def _are_fractions(cls, metrics: dict[str, float]) -> dict[str, float]:
+        for name, value in metrics.items():
+            if name.startswith("coco/") and "mAP" in name and not (0 <= value <= 1 or value == -1):
+                raise ValueError(f"{name} is {value}: it is a fraction, or -1 without objects of that size")
+        return metrics
+
 
 class Segmentation(OfToolbox):
     kind: Literal["segmentation"]
+
+    @field_validator("metrics")
+    @classmethod
+    def _are_percentages(cls, metrics: dict[str, float]) -> dict[str, float]:
+        for name in ("aAcc", "mIoU", "mAcc"):
+            if not 0 <= metrics.get(name, 0) <= 100:
+                raise ValueError(f"{name} is {metrics[name]}: it is a percentage")
+        if 0 < metrics.get("aAcc", 0) <= 1:
+            raise ValueError(f"aAcc is {metrics['aAcc']}: the metrics are percentages, and these seem to be fractions")
+        return metrics
 
 
 class TrainingSettings(Part):
@@ -112,7 +149,13 @@ class TrainingSettings(Part):
 
 
 class Epoch(Part):
+    epoch: Positive | None = None
     top1: Percent
+
+
+class Epochs(Part):
+    done: Count
+    planned: Positive
 
 
 class Training(Part):
@@ -127,8 +170,11 @@ class Training(Part):
     seed: int | None
     starts: Annotated[list[Provenance], Field(min_length=1)]
     settings: TrainingSettings
+    epochs: Epochs | None = None
     curve: list[Epoch] = []
     """By epoch."""
+    skipped: dict[str, Count] = {}
+    """Pictures left out of each split because they could not be read."""
 
     @model_validator(mode="after")
     def _has_its_result(self) -> "Training":
@@ -141,6 +187,21 @@ class Training(Part):
             raise ValueError("a run of a study has a seed")
         if self.status != "diverged" and (self.images_per_s is None or (study and not self.curve)):
             raise ValueError("the run has not finished an epoch")
+        return self
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Training":
+        if getattr(self.settings, "seed", self.seed) != self.seed:
+            raise ValueError(f"seed is {self.seed}, but settings.seed is {self.settings.seed}")
+        numbers = [epoch.epoch or i for i, epoch in enumerate(self.curve, start=1)]
+        expected = self.epochs.done if self.epochs else len(numbers)
+        if self.curve and numbers != list(range(1, expected + 1)):
+            raise ValueError(f"the curve has not the epochs 1 to {expected}")
+        if self.status == "finished" and self.epochs and self.epochs.done != self.epochs.planned:
+            raise ValueError(f"the run is finished, but only after {self.epochs.done} of {self.epochs.planned} epochs")
+        images = getattr(self.data, "val_images", None)
+        for epoch in self.curve if images and not self.skipped.get("validation") else []:
+            check_percent("top1 in the curve", epoch.top1, images)
         return self
 
     @property
@@ -196,6 +257,8 @@ class Timed(Part):
     def _took_turns(cls, contestants: list[Contestant]) -> list[Contestant]:
         if len({len(contestant.seconds) for contestant in contestants}) > 1:
             raise ValueError("not all have as many rounds")
+        if len({(contestant.form, contestant.compiled) for contestant in contestants}) < len(contestants):
+            raise ValueError("a contestant is there twice")
         return contestants
 
 
@@ -215,6 +278,12 @@ class Spread(Part):
     median: Amount
     min: Amount
     max: Amount
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> "Spread":
+        if not self.min <= self.median <= self.max:
+            raise ValueError(f"the median {self.median} is not between {self.min} and {self.max}")
+        return self
 
 
 class Decoder(Part):
