@@ -6,7 +6,7 @@ from metaformer.formats import convert
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MLN, ChannelLayerNorm, ChannelMlp, MetaFormer, MetaFormerBlock
 from metaformer.variants import ABLATIONS, POOLFORMERS, QUESTIONS, VARIANTS
-from metaformer.weights import load_weights
+from metaformer.weights import Opened, load_weights, open_checkpoint
 
 __all__ = [
     "ABLATIONS",
@@ -21,10 +21,12 @@ __all__ = [
     "InputError",
     "MetaFormer",
     "MetaFormerBlock",
+    "Opened",
     "Pooling",
     "RandomMixing",
     "SpatialFC",
     "convert",
     "fuse",
     "load_weights",
+    "open_checkpoint",
 ]

@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT
-from metaformer import ABLATIONS, POOLFORMERS, InputError, records
+from metaformer import ABLATIONS, POOLFORMERS, InputError, open_checkpoint, records
 from metaformer.analysis import count, gradcam
 from metaformer.analysis import figures as make_figures
 from metaformer.analysis import tables as make_tables
 from metaformer.errors import run_command
-from metaformer.training import validation as validate
+from test_training import validated
 
 PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
 TABLES = [name for name in PAPER if name.startswith("table")]
@@ -489,8 +489,7 @@ def test_a_readme_without_its_section_is_named(root):
 
 def test_runs_become_records(run, tmp_path, monkeypatch):
     folder = run("epochs=1")
-    monkeypatch.setattr(sys, "argv", ["validate.py", str(folder)])
-    validate.main()
+    validated([str(folder)], folder / "validation.json")
     targets = records.import_records([folder], tmp_path / "results")
     names = [re.sub(r"-\d{8}T\d{6}-[0-9a-f]{6}.json$", "", path.name) for path in targets]
     assert sorted(names) == ["classification-poolformer_s12", "training-poolformer_s12"]
@@ -616,7 +615,7 @@ def weights(path: Path, name: str) -> Path:
 
 def test_gradcam_is_the_gradient_weighted_sum_of_the_papers_layer(picture, tmp_path):
     """By the definition, from the activations and gradients of the last stage."""
-    model = gradcam.build("poolformer_s12", str(weights(tmp_path, "poolformer_s12")))
+    model = open_checkpoint(weights(tmp_path, "poolformer_s12"), "poolformer_s12").model
     pixels = gradcam.read_picture(picture)
     assert pixels.shape == (224, 224, 3)
     (overlay,) = gradcam.cam_of("poolformer_s12", model, [pixels])

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
 from metaformer import InputError
 from metaformer.training import data
 from metaformer.training import engine as train
-from metaformer.training import validation as validate
 from metaformer.training.config import CONFIGS, load_config
 from metaformer.training.model import with_input_of
 from metaformer.weights import read_checkpoint
@@ -349,9 +349,10 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
 
 
 def validated(arguments, record):
+    main = runpy.run_path(str(ROOT / "classification" / "validate.py"))["main"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["validate.py", *arguments, "--record", str(record)])
-        validate.main()
+        main()
     return json.loads(record.read_text())
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import cv2
 import matplotlib as mpl
 import numpy as np
-import timm
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,10 +23,9 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from metaformer import MetaFormer
+from metaformer import MetaFormer, open_checkpoint
 from metaformer.analysis.tables import ROOT
-from metaformer.errors import InputError, nearest
-from metaformer.weights import load_state, named_for, read_checkpoint, weights_of
+from metaformer.errors import InputError
 
 PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
 """The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
@@ -59,26 +57,6 @@ def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:
     tokens = tokens[:, prefix:].transpose(1, 2)
     side = round(tokens.shape[2] ** 0.5)
     return tokens.unflatten(2, (side, side))
-
-
-def build(name: str, weights: str | None) -> nn.Module:
-    if not timm.is_model(name):
-        raise InputError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
-    if weights is None:
-        try:
-            return timm.create_model(name, pretrained=True).eval()
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"cannot fetch the released weights of {name} ({' '.join(str(error).split())[:200]}): "
-                f"give a file with --weights {name}=FILE"
-            ) from error
-    model = timm.create_model(name)
-    state = named_for(weights_of(read_checkpoint(weights)), model)
-    classifier = next(label for label, module in model.named_modules() if module is model.get_classifier())
-    if f"{classifier}.weight" in state:
-        model.reset_classifier(len(state[f"{classifier}.weight"]))
-    load_state(model, state, weights)
-    return model.eval()
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -118,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError(f"--weights {given}: give NAME=FILE, NAME one of {', '.join(options.models)}")
         weights[name] = file
     pictures = [read_picture(path) for path in options.pictures]
-    columns = {name: cam_of(name, build(name, weights.get(name)), pictures) for name in options.models}
+    models = {name: open_checkpoint(weights.get(name, name), name).model for name in options.models}
+    columns = {name: cam_of(name, model, pictures) for name, model in models.items()}
 
     mpl.use("Agg")
     shape = (len(pictures), 1 + len(columns))
