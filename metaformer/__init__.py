@@ -7,7 +7,7 @@ from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, S
 from metaformer.model import MLN, ChannelLayerNorm, ChannelMlp, MetaFormer, MetaFormerBlock
 from metaformer.variants import ABLATIONS, POOLFORMERS, QUESTIONS, VARIANTS
 from metaformer.version import __version__
-from metaformer.weights import load_weights
+from metaformer.weights import Opened, load_weights, open_checkpoint
 
 __all__ = [
     "ABLATIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "InputError",
     "MetaFormer",
     "MetaFormerBlock",
+    "Opened",
     "Pooling",
     "RandomMixing",
     "SpatialFC",
@@ -29,4 +30,5 @@ __all__ = [
     "convert",
     "fuse",
     "load_weights",
+    "open_checkpoint",
 ]
