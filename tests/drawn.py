@@ -4,12 +4,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+from mmdet.visualization import DetLocalVisualizer
+from mmseg.visualization import SegLocalVisualizer
 from PIL import Image, ImageDraw
 
 from conftest import ROOT
 
 SHAPES = ("square", "disc")
 SCENES = ("sky", "ground", "house")
+
+
+def forget_visualizers() -> None:
+    """mmengine keeps one for each name, and it writes to the folder of the first run in the process."""
+    for kind in (DetLocalVisualizer, SegLocalVisualizer):
+        kind._instance_dict.clear()
 
 
 def draw_coco(root: Path, train: int = 8, val: int = 4, classes: tuple[str, str] = SHAPES) -> Path:

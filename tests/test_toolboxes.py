@@ -34,7 +34,7 @@ import metaformer.mm.detection
 import metaformer.mm.patch_mmengine
 import metaformer.mm.segmentation
 from conftest import ROOT
-from drawn import draw_coco, draw_scenes
+from drawn import draw_coco, draw_scenes, forget_visualizers
 from metaformer import MLN, ChannelLayerNorm, InputError, records
 from metaformer.mm import MetaFormerBackbone
 from oracles import OFFICIAL_NAMES, TIMM_NAMES, renamed
@@ -485,6 +485,7 @@ def tool(monkeypatch):
         script = Path(toolbox.__file__).parent / f".mim/tools/{name}.py"
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        forget_visualizers()
         runpy.run_path(str(script), run_name="__main__")
 
     return run
@@ -573,14 +574,14 @@ def test_mim_trains_a_detector_tests_and_resumes_it(trained_detector, tool):
 
 def test_mim_trains_a_segmentor_and_tests_it(trained_segmentor, tool):
     folder, log = trained_segmentor
-    assert values(log, "loss")[-1] < values(log, "loss")[0]
     # README's schedule: a warm-up to 2e-4 for 32 pictures, here 2, then polynomial decay to 0.
     rates = values(log, "lr")
     assert rates[:2] == pytest.approx([1.25e-8, 1.25e-5])
-    assert rates[2:] == pytest.approx([1.25e-5 * (1 - (i + 1) / 18) ** 0.9 for i in range(18)], rel=1e-3)
+    assert rates[2:] == pytest.approx([1.25e-5 * (1 - i / 17) ** 0.9 for i in range(18)], rel=1e-3)
     tool(mmseg, "test", "work_dirs/rooms/own.py", "work_dirs/rooms/iter_20.pth", folder=folder)
     record = result_record(folder / "work_dirs/rooms")
     assert round(record["metrics"]["mIoU"], 2) == float(re.findall(r"mIoU: ([\d.]+)", log)[-1])
+    assert record["metrics"]["mIoU"] > 40  # the three classes by chance: less than 20
     assert (record["kind"], record["data"]["classes"]) == ("segmentation", 3)
 
 
@@ -598,6 +599,9 @@ def test_test_time_augmentation_flips_predictions_back(trained_segmentor, tool, 
         figures.append(result_record(tmp_path / "tested")["metrics"]["mIoU"])
     assert figures[2] == pytest.approx(figures[0], abs=0.2)
     assert abs(figures[1] - figures[0]) > 1
+    # README's pipeline, run here, is the base's where the size is the base's.
+    own = own_config("segmentation", tmp_path, {"size": "(512, 512)"})
+    assert Config.fromfile(own).tta_pipeline == Config.fromfile(CONFIGS["fpn_poolformer-s12"]).tta_pipeline
 
 
 def test_mim_ends_in_a_sentence_without_the_data(tmp_path, tool):
@@ -652,6 +656,7 @@ def test_a_record_names_the_command_as_it_was_typed(tmp_path):
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_predict_draws_a_picture(task, request, command, tmp_path):
+    forget_visualizers()
     folder, _ = request.getfixturevalue("trained_detector" if task == "detection" else "trained_segmentor")
     picture = next((folder / "data").glob("**/val*/*.jpg"))
     work_dir = folder / "work_dirs" / ("street" if task == "detection" else "rooms")

@@ -17,7 +17,7 @@ from PIL import Image
 import metaformer.mm.detection
 import metaformer.mm.patch_mmengine
 import metaformer.mm.segmentation
-from drawn import SCENES, detection_config, draw_coco, draw_scenes, segmentation_config
+from drawn import SCENES, detection_config, draw_coco, draw_scenes, forget_visualizers, segmentation_config
 from metaformer import InputError
 from metaformer.errors import as_raised
 from metaformer.mm.predict import load_model
@@ -27,6 +27,7 @@ from oracles import OFFICIAL_NAMES, renamed
 def runner(config: Path, work_dir: Path, **settings) -> Runner:
     config = Config.fromfile(config)
     config.merge_from_dict({"work_dir": str(work_dir), **settings})
+    forget_visualizers()
     return Runner.from_cfg(config)
 
 
@@ -188,8 +189,8 @@ def test_a_single_class_without_its_comma(tmp_path, task, name):
         DATASETS.build({**dataset, "lazy_init": True})
 
 
-def test_crops_of_another_size_than_the_batch_is_padded_to(segmentor, tmp_path):
-    config, _ = segmentor
+def test_crops_of_another_size_than_the_batch_is_padded_to(tmp_path):
+    config = segmentation_config(tmp_path / "tiny.py", draw_scenes(tmp_path / "data"))
     with pytest.raises(InputError, match=r"crops of \(64, 64\), but model.data_preprocessor.size is \(512, 512\)"):
         runner(config, tmp_path / "run", **{"model.data_preprocessor.size": (512, 512)}).train()
 

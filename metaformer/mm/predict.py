@@ -1,7 +1,6 @@
 """Draw the predictions of a detector or segmentor into pictures. The commands are in detection/ and segmentation/."""
 
 import argparse
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,54 +45,35 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
     return model.to(device).eval()
 
 
-def draw(model: nn.Module, pictures: list[str], folder: Path, infer: Callable, **options: Any) -> None:
-    """Write each picture with its predictions to ``folder/NAME.png`` and print that path.
+def predict(description: str, infer: Callable, **drawing: Any) -> None:
+    """The command ``predict.py CONFIG CHECKPOINT PICTURE...``: writes ``NAME.png`` for each picture, and prints that.
 
     Args:
-        infer: maps the model and the path of a picture to a data sample.
-        options: arguments of the visualizer's ``add_datasample``.
-
-    Raises:
-        InputError: a picture cannot be read.
+        infer: the toolbox's function from a model and the path of a picture to a data sample.
+        drawing: arguments of the visualizer's ``add_datasample``.
     """
-    visualizer = VISUALIZERS.build({**model.cfg.visualizer, "vis_backends": None})
-    visualizer.dataset_meta = model.dataset_meta
-    for picture in pictures:
-        image = mmcv.imread(picture)
-        if image is None:
-            raise InputError(f"{picture} is not a picture")
-        path = target(picture, folder)
-        sample = infer(model, picture)
-        rgb = np.ascontiguousarray(image[..., ::-1])
-        visualizer.add_datasample(picture, rgb, sample, draw_gt=False, out_file=str(path), **options)
-        print(path)
-
-
-def target(picture: str, folder: Path) -> Path:
-    return folder / f"{Path(picture).stem}.png"
-
-
-def predict(description: str, infer: Callable, **options: Any) -> None:
-    """The command ``predict.py CONFIG CHECKPOINT PICTURE...``; see :func:`draw` for the arguments."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config that the model was trained with, or its copy work_dirs/NAME/NAME.py")
     parser.add_argument("checkpoint", help="path or http(s) address of a checkpoint of this config")
-    parser.add_argument("pictures", nargs="+", metavar="picture", help="path of a picture, in any format OpenCV reads")
-    parser.add_argument(
-        "--out", type=Path, default=Path("predictions"), help="folder to write to (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to compute on: cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
-    )
+    parser.add_argument("pictures", nargs="+", metavar="picture", help="path of a picture in any format of OpenCV")
+    parser.add_argument("--out", default="predictions", help="folder to write to (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     arguments = parser.parse_args()
-    targets = Counter(target(picture, arguments.out) for picture in arguments.pictures)
-    for picture in arguments.pictures:
+    targets = {picture: Path(arguments.out, f"{Path(picture).stem}.png") for picture in arguments.pictures}
+    for picture, path in targets.items():
         if not Path(picture).is_file():
             raise InputError(f"there is no picture {picture}")
-        path = target(picture, arguments.out)
-        if targets[path] > 1 or path.resolve() == Path(picture).resolve():
+        if list(targets.values()).count(path) > 1 or path.resolve() == Path(picture).resolve():
             raise InputError(f"{path}, the drawing of {picture}, would overwrite another picture: use another --out")
-    model = load_model(arguments.config, arguments.checkpoint, arguments.device)
-    draw(model, arguments.pictures, arguments.out, infer, **options)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(arguments.config, arguments.checkpoint, device)
+    visualizer = VISUALIZERS.build({**model.cfg.visualizer, "vis_backends": None})
+    visualizer.dataset_meta = model.dataset_meta
+    for picture, path in targets.items():
+        image = mmcv.imread(picture)
+        if image is None:
+            raise InputError(f"{picture} is not a picture")
+        rgb = np.ascontiguousarray(image[..., ::-1])
+        sample = infer(model, picture)
+        visualizer.add_datasample(picture, rgb, sample, draw_gt=False, out_file=str(path), **drawing)
+        print(path)

@@ -9,7 +9,7 @@ file.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -55,65 +55,49 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     return torchvision.ops.nms(boxes.to(dtype), scores.to(dtype), iou_threshold)
 
 
-def _on_map(
-    rois: Tensor, dtype: torch.dtype, spatial_scale: float, sampling_ratio: int, aligned: bool
-) -> tuple[Tensor, Tensor]:
-    """The rois in pixels of the feature map (K, 5), and which of them are empty (K, 1, 1, 1).
-
-    torchvision fails on a roi that ends before it starts, so such a roi gets its start as its end. A roi without a
-    sample is empty: its value has to be masked with 0, and it is replaced by a roi of one pixel, since torchvision's
-    deterministic RoIAlign gives an empty one the gradient NaN.
-    """
-    image, start, end = rois.to(dtype).split([1, 2, 2], dim=1)
-    start = start * spatial_scale
-    end = torch.maximum(end * spatial_scale, start)
-    empty = (start == end).any(1, keepdim=True) & (aligned and sampling_ratio <= 0)
-    return torch.cat([image, start.masked_fill(empty, 0), end.masked_fill(empty, 1)], dim=1), empty[:, :, None, None]
-
-
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor, *, pool_mode: int, **settings: Any
 ) -> None:
     if pool_mode == 0:
         _missing("roi_align_forward with pool_mode='max'")
-    input = input.to(_precise(input))
-    rois, empty = _on_map(rois, input.dtype, spatial_scale, sampling_ratio, aligned)
-    average = torchvision.ops.roi_align(input, rois, (aligned_height, aligned_width), 1.0, sampling_ratio, aligned)
-    output.copy_(average.masked_fill_(empty, 0))
+    output.copy_(_roi_align(input.to(_precise(input)), rois, **settings))
 
 
 def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor, **settings: Any
 ) -> None:
+    del settings["pool_mode"]
     dtype = _precise(grad_output)
-    rois, empty = _on_map(rois, dtype, spatial_scale, sampling_ratio, aligned)
-    grad_output = grad_output.to(dtype).masked_fill(empty, 0)
     # The average is linear in the input, so the gradient is the same for any input. Autograd is used instead of
     # torchvision's private backward operator, because only the public function honours PyTorch's deterministic mode.
     with torch.enable_grad():
         zeros = torch.zeros_like(grad_input, dtype=dtype, requires_grad=True)
-        output = torchvision.ops.roi_align(zeros, rois, (aligned_height, aligned_width), 1.0, sampling_ratio, aligned)
-    grad_input.copy_(torch.autograd.grad(output, zeros, grad_output)[0])
+        output = _roi_align(zeros, rois, **settings)
+    grad_input.copy_(torch.autograd.grad(output, zeros, grad_output.to(dtype))[0])
+
+
+def _roi_align(
+    input: Tensor,
+    rois: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Maps (B, C, H, W) and rois (K, 5) to the averages (K, C, aligned_height, aligned_width).
+
+    torchvision fails on a roi that ends before it starts, so such a roi gets its start as its end. A roi without a
+    sample is empty and has the value 0. It is replaced by a roi of one pixel and masked, since torchvision's
+    deterministic RoIAlign gives an empty one the gradient NaN.
+    """
+    image, start, end = rois.to(input.dtype).split([1, 2, 2], dim=1)
+    start = start * spatial_scale
+    end = torch.maximum(end * spatial_scale, start)
+    empty = (start == end).any(1, keepdim=True) & (aligned and sampling_ratio <= 0)
+    rois = torch.cat([image, start.masked_fill(empty, 0), end.masked_fill(empty, 1)], dim=1)
+    average = torchvision.ops.roi_align(input, rois, (aligned_height, aligned_width), 1.0, sampling_ratio, aligned)
+    return average.masked_fill(empty[:, :, None, None], 0)
 
 
 def sigmoid_focal_loss_forward(
