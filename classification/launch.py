@@ -1,4 +1,4 @@
-"""What dist_train.sh runs: torchrun with this machine's defaults, and errors as one sentence instead of its report."""
+"""Start the processes of a training run with torchrun, and report errors in one sentence; see train.py --help."""
 
 import logging
 import os
@@ -16,6 +16,7 @@ from torch.distributed.run import parse_args, run
 
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import cores
+from metaformer.training.distributed import STOP_SIGNALS
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -38,20 +39,23 @@ def main() -> int:
     os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/dist_train.sh", *arguments])
     os.environ["METAFORMER_START"] = f"{datetime.now():%Y%m%d-%H%M%S}"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    if processes == nodes == 1 and not restarts:
+    if (processes == nodes == 1 and not restarts) or {"-h", "--help"} & set(arguments):
         os.execv(sys.executable, [sys.executable, str(TRAIN), *arguments])
 
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    rendezvous = [f"--nnodes={nodes}", f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"]
-    if restarts:  # a store of their own each time: in the same one they find the addresses of those that have died
-        rendezvous = [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}"]
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    options = [f"--nnodes={nodes}", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    options.append("--signals-to-handle=" + ",".join(signal.Signals(number).name for number in STOP_SIGNALS))
     if nodes == 1 and "PORT" not in os.environ:
-        rendezvous = ["--standalone"]  # a port that is free
+        options.append("--standalone")  # a port that is free
+    elif restarts:  # a store of their own each time: in the same one they find the addresses of those that have died
+        options += ["--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}"]
+    else:
+        options += [f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"]
+    if restarts:
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     logging.disable(logging.ERROR)  # torchrun's own account of a failure; report() gives it in one line
     try:
-        group = [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-        run(parse_args([*rendezvous, *group, str(TRAIN), *arguments]))
+        run(parse_args([*options, str(TRAIN), *arguments]))
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:
@@ -65,25 +69,23 @@ def main() -> int:
 
 
 def report(error: ChildFailedError) -> int:
-    """Say what the first process that failed said; its exit status is ours."""
-    # The others fail, too, when one is killed, and may have been quicker to say so.
+    """Print the error of the first process that failed; its exit status becomes that of the command."""
+    # When one process is killed, the others fail too, and may have been quicker to say so.
     killed = [item for item in error.failures.items() if item[1].exitcode == -signal.SIGKILL]
     rank, failure = killed[0] if killed else error.get_first_failure()
     status = failure.exitcode
-    if status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGUSR2):
+    if status in [128 + number for number in STOP_SIGNALS]:
         return status  # it saved and said so
     if status < 0:
         print(f"error: process {rank} was killed by {signal.Signals(-status).name}", file=sys.stderr)
         return 128 - status
     details = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
-    if isinstance(details, dict):
-        kind, _, sentence = details["message"].partition(": ")
-        if kind in ("InputError", "MachineError") and not os.environ.get("METAFORMER_TRACEBACK"):
-            print(f"error: {sentence}", file=sys.stderr)
-        else:
-            print(details["extraInfo"]["py_callstack"], file=sys.stderr)
-    else:
+    if not isinstance(details, dict):
         print(f"error: process {rank} ended with status {status}: {details}", file=sys.stderr)
+        return status
+    kind, _, sentence = details["message"].partition(": ")
+    one_line = kind in ("InputError", "MachineError") and not os.environ.get("METAFORMER_TRACEBACK")
+    print(f"error: {sentence}" if one_line else details["extraInfo"]["py_callstack"], file=sys.stderr)
     return status
 
 

@@ -1,7 +1,40 @@
-"""Submit a run to a Slurm cluster; preempted or out of time, it saves, is queued again and continues where it stood."""
+"""Submit a training run to a Slurm cluster. Preempted or out of time, it saves, is queued again and continues."""
 
-from metaformer.errors import run_command
-from metaformer.training.slurm import main
+import argparse
+from datetime import datetime
+
+from metaformer.errors import InputError, run_command
+from metaformer.training.config import load_config
+from metaformer.training.slurm import TrainingJob, submit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage="submit.py [options] [CONFIG] [key=value ...]",
+        epilog="CONFIG and key=value are those of dist_train.sh, see its --help.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local: on this machine")
+    parser.add_argument("--partition", help="partition of the cluster (default: the cluster's own)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each machine (default: %(default)s)")
+    parser.add_argument("--cpus-per-gpu", type=int, default=12, help="CPU cores per GPU (default: %(default)s)")
+    parser.add_argument("--time", type=int, default=4320, help="minutes until the end (default: %(default)s)")
+    parser.add_argument("--logs", default="runs/slurm", help="folder of the job's own output (default: %(default)s)")
+    options, settings = parser.parse_known_args()
+    if min(options.nodes, options.gpus, options.cpus_per_gpu, options.time) < 1:
+        raise InputError("--nodes, --gpus, --cpus-per-gpu and --time are whole numbers from 1")
+    if options.cluster == "local" and options.nodes > 1:
+        raise InputError("--cluster local has one node: leave out --nodes")
+    if load_config(settings).output is None:
+        settings.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # queued again, it must find its folder
+    job = TrainingJob([*settings, "--resume"], options.gpus)
+    [submitted] = submit(
+        [job], options.cluster, options.logs, options.partition, options.nodes, options.cpus_per_gpu, options.time
+    )
+    print(f"job {submitted.job_id}; log: {submitted.paths.stdout}")
+
 
 if __name__ == "__main__":
     run_command(main)

@@ -6,6 +6,7 @@ from metaformer.formats import convert
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MLN, ChannelLayerNorm, ChannelMlp, MetaFormer, MetaFormerBlock
 from metaformer.variants import ABLATIONS, POOLFORMERS, QUESTIONS, VARIANTS
+from metaformer.version import __version__
 from metaformer.weights import load_weights
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Pooling",
     "RandomMixing",
     "SpatialFC",
+    "__version__",
     "convert",
     "fuse",
     "load_weights",

@@ -1,13 +1,16 @@
+import os
 import runpy
-import signal
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from metaformer.training import engine as train
+from metaformer.training.config import load_config
+from metaformer.training.engine import train
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -46,6 +49,11 @@ def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: str =
     return root
 
 
+def trained(*arguments: str) -> int:
+    """What ``python classification/train.py ARGUMENTS`` does, in this process; returns the exit status."""
+    return train(load_config(list(arguments)))
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("pictures"), val_images=9)
@@ -53,34 +61,47 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, pictures, monkeypatch):
-    """Train in this process: run("key=value", ...) gives the run's folder; signal handlers are put back."""
+    """Train in this process: run("key=value", ...) gives the run's folder."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
 
     def run(*settings: str, output: str = "run", status: int = 0) -> Path:
         config = tmp_path / "empty.yaml"
         config.write_text("")
-        assert train.main([str(config), f"data_dir={pictures}", f"output={output}", *TINY, *settings]) == status
+        assert trained(str(config), f"data_dir={pictures}", f"output={output}", *TINY, *settings) == status
         return tmp_path / output
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     """Run a command of the repository in this process, as ``python SCRIPT ARGUMENTS``.
 
     ``command("classification/validate.py", run)`` gives the exit status, what it printed, and its errors.
     """
 
     def command(script: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+        status = run_script(script, *arguments)
         printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
+        return status, printed.out, printed.err
 
     return command
+
+
+def run_script(script: str, *arguments: object) -> int:
+    """The exit status of a command; it finds the environment and signal handlers as they are, and they are put back."""
+    with (
+        patch.object(sys, "argv", [script, *map(str, arguments)]),
+        patch.dict(os.environ),
+        pytest.raises(SystemExit) as ended,
+    ):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return ended.value.code or 0
+
+
+def wait_for(file: Path, seconds: float = 120) -> None:
+    deadline = time.time() + seconds
+    while not file.exists():
+        assert time.time() < deadline, f"{file} did not appear"
+        time.sleep(0.1)

@@ -40,7 +40,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 import metaformer
-from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, trained
 from metaformer import records
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_json
@@ -213,7 +213,7 @@ class Lab:
 
     def train(self, variant: str, output: Path, pictures: Path | None = None) -> int:
         settings = [f"data_dir={pictures or self.pictures}", f"output={output}", "resume=true", *VARIANTS[variant]]
-        return train.main([str(self.root / "empty.yaml"), *settings])
+        return trained(str(self.root / "empty.yaml"), *settings)
 
     def _reference(self, variant: str) -> Reference:
         folder = self.root / f"undisturbed-{variant}"
@@ -276,8 +276,6 @@ class Lab:
     def ends_as_undisturbed(self, variant: str, folder: Path, pictures: Path | None = None) -> None:
         """Continue the run in ``folder``, and compare it with the undisturbed one."""
         output = folder / "run"
-        while list(output.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.01)  # TensorBoard reads files of events by their names, which have the second
         ended = do(lambda: self.train(variant, output, pictures), folder)
         if ended.status:
             raise Lost(f"continued, it ended with {ended.status}: {ended.error[-2000:]}")

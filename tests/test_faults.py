@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 
@@ -20,14 +19,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import create_dataset
 
-from conftest import EVERYTHING_RANDOM, ROOT
+from conftest import EVERYTHING_RANDOM, ROOT, trained
 from metaformer import InputError, records
 from metaformer.analysis import outputs
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.studies import faults
 from metaformer.errors import MachineError, run_command
 from metaformer.provenance import write_file
-from metaformer.training import data
+from metaformer.training import data, runlog
 from metaformer.training import engine as train
 from metaformer.weights import read_checkpoint
 from test_analysis import evaluation
@@ -94,7 +93,7 @@ def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(damage, two_ep
         shutil.copy(two_epochs / "best.pt", last)
     problem = {"missing": "missing", "another": "not the checkpoint of a run"}.get(damage, "damaged")
     capsys.readouterr()
-    assert train.main(["stopped"]) == 0
+    assert trained("stopped") == 0
     error = capsys.readouterr().err
     assert error == f"warning: stopped/last.pt is {problem}: stopped/previous.pt takes its place\n"
     assert same_weights(whole, two_epochs)
@@ -109,10 +108,10 @@ def test_without_a_good_checkpoint_a_run_does_not_continue(two_epochs):
         flip(two_epochs / name, 5000)
     before = {file.name: file.read_bytes() for file in two_epochs.iterdir()}
     with pytest.raises(InputError, match=r"last.pt is damaged and .*previous.pt is damaged: start again with another"):
-        train.main(["stopped"])
+        trained("stopped")
     (two_epochs / "previous.pt").unlink()
     with pytest.raises(InputError, match=r"last.pt is damaged and .*previous.pt is missing: start again with another"):
-        train.main(["stopped"])
+        trained("stopped")
     del before["previous.pt"]
     assert {file.name: file.read_bytes() for file in two_epochs.iterdir()} == before
 
@@ -127,7 +126,7 @@ def test_a_damaged_checkpoint_does_not_push_out_the_good_one(two_epochs, monkeyp
 
     monkeypatch.setattr(train.Trainer, "run", stop)
     with pytest.raises(KeyboardInterrupt):
-        train.main(["stopped"])
+        trained("stopped")
     assert (two_epochs / "last.pt").read_bytes() == good
 
 
@@ -137,9 +136,9 @@ def test_killed_after_the_last_checkpoint_a_run_is_completed(run):
     (whole / "metrics.csv").write_text("".join(metrics.splitlines(keepends=True)[:-1]))
     (whole / "run.json").write_text(record.replace('"status": "finished"', '"status": "running"'))
     (whole / "best.pt.tmp").write_bytes(b"half")
-    assert train.main([str(whole)]) == 0
+    assert trained(str(whole)) == 0
     assert (whole / "metrics.csv").read_text() == metrics
-    assert train.is_finished(whole / "run.json")
+    assert json.loads((whole / "run.json").read_text())["status"] == "finished"
     assert not list(whole.glob("*.tmp"))
 
 
@@ -148,7 +147,7 @@ def test_a_run_begun_before_a_setting_existed_continues(two_epochs):
     config.write_text(
         "".join(line for line in config.read_text().splitlines(keepends=True) if "erase_count" not in line)
     )
-    assert train.main(["stopped"]) == 0
+    assert trained("stopped") == 0
 
 
 def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
@@ -157,7 +156,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
 
     def step(self, batches):
         original(self, batches)
-        if self.epoch == 1:
+        if self.progress.epoch == 1:
             with torch.no_grad():
                 self.model.stem.weight.fill_(float("inf"))
             os.kill(os.getpid(), signal.SIGTERM)
@@ -174,7 +173,7 @@ def test_events_that_cannot_be_begun_end_in_a_sentence(run, monkeypatch):
     def begin(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(train, "SummaryWriter", begin)
+    monkeypatch.setattr(runlog, "Events", begin)
     with pytest.raises(InputError, match=r"^cannot write run: Permission denied$"):
         run()
 
@@ -333,7 +332,7 @@ def test_skipping_is_exact_however_the_run_goes(run, pictures, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         interrupt(patch, after=2)
         stopped = run(*settings, "workers=1", output="stopped", status=128 + signal.SIGTERM)
-    train.main(["stopped"])
+    trained("stopped")
     assert same_weights(whole, stopped)
     assert losses(whole) == losses(stopped)
     assert read_checkpoint(whole / "last.pt")["skipped"].keys() == {"training", "validation"}
@@ -342,11 +341,11 @@ def test_skipping_is_exact_however_the_run_goes(run, pictures, tmp_path, monkeyp
     # Stopped by the first of them, it goes on when they are to be skipped.
     with pytest.raises(InputError, match="cannot use the picture"):
         run(*settings[:-1], output="refused")
-    assert train.main(["refused", "bad_pictures=skip"]) == 0
+    assert trained("refused", "bad_pictures=skip") == 0
     assert same_weights(whole, tmp_path / "refused")
 
 
-def test_a_pass_without_pictures_stops_the_run(run, pictures, tmp_path):
+def test_a_pass_without_pictures_stops_the_run(run, command, pictures, tmp_path):
     root = copied(pictures, tmp_path / "data")
     for picture in root.glob("train/*/*.png"):
         picture.write_bytes(b"")
@@ -355,8 +354,8 @@ def test_a_pass_without_pictures_stops_the_run(run, pictures, tmp_path):
     for picture in root.glob("val/*/*.png"):
         picture.write_bytes(b"")
     folder = run(f"data_dir={copied(pictures, tmp_path / 'good')}", "epochs=1", "bad_pictures=skip", output="good")
-    with pytest.raises(InputError, match="no picture of the validation split can be read"):
-        validated([str(folder), f"data_dir={root}"], tmp_path / "record.json")
+    status, _, error = command("classification/validate.py", folder, f"data_dir={root}")
+    assert (status, error) == (2, "error: no picture of the validation split can be read\n")
 
 
 def test_links_in_a_tar_are_not_followed(run, pictures, tmp_path):
@@ -395,15 +394,15 @@ def test_an_index_of_tars_executes_nothing(run, pictures, tmp_path):
 
 
 def at_second_save(monkeypatch, action):
-    original, saved = train.Trainer.save_state, []
+    original, saved = train.Trainer.save, []
 
-    def save_state(self):
+    def save(self):
         saved.append(1)
         if len(saved) == 2:
             action(self)
         original(self)
 
-    monkeypatch.setattr(train.Trainer, "save_state", save_state)
+    monkeypatch.setattr(train.Trainer, "save", save)
 
 
 def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
@@ -415,7 +414,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_the_last_checkpoint(ru
     record = json.loads((tmp_path / "full" / "run.json").read_text())
     assert (record["status"], record["error"]) == ("failed", "cannot write full/last.pt: No space left on device")
     assert read_checkpoint(tmp_path / "full" / "last.pt")["epoch"] == 1
-    assert train.main(["full"]) == 0
+    assert trained("full") == 0
     assert same_weights(whole, tmp_path / "full")
     assert losses(whole) == losses(tmp_path / "full")
 
@@ -456,7 +455,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_pat
 
     def step(self, batches):
         original(self, batches)
-        if self.epoch == 1:
+        if self.progress.epoch == 1:
             os.kill(self.train_loader._iterator._workers[0].pid, signal.SIGKILL)
             time.sleep(60)  # until PyTorch has noticed
 
@@ -465,7 +464,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_pat
         with pytest.raises(MachineError, match=r"^a process of the loader has died \(.*killed by signal.*\), for lack"):
             run(*EVERYTHING_RANDOM, "workers=1", output="killed")
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "failed"
-    assert train.main(["killed"]) == 0
+    assert trained("killed") == 0
     assert same_weights(whole, tmp_path / "killed")
 
 
@@ -541,27 +540,3 @@ def test_a_campaign_that_does_not_add_up_is_refused(tmp_path):
 def test_a_seed_that_no_campaign_prints_is_refused():
     done = campaign("--only", 990000)
     assert (done.returncode, done.stderr) == (2, "error: --seed and --only take the numbers that a campaign prints\n")
-
-
-def test_what_tensorboards_thread_raises_is_left_to_the_run(run, capfd):
-    class Thread(threading.Thread):
-        def __init__(self, keeps: bool):
-            super().__init__()
-            self.keeps, self.exception = keeps, None
-
-        def run(self):
-            error = OSError("no")
-            self.exception = error if self.keeps else None
-            raise error
-
-    hook = threading.excepthook
-    try:
-        run("epochs=1")
-        capfd.readouterr()
-        for keeps in (True, False):
-            thread = Thread(keeps)
-            thread.start()
-            thread.join()
-            assert ("OSError: no" in capfd.readouterr().err) is not keeps
-    finally:
-        threading.excepthook = hook

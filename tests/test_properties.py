@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from metaformer import InputError, convert, records
 from metaformer.formats import FROM, MARKS, TO, recognised
 from metaformer.provenance import write_json
+from metaformer.training import yaml12
 from metaformer.training.config import Config, check, load_config, parse_overrides, save_config
 from test_analysis import evaluation
 
@@ -98,9 +99,9 @@ def test_any_command_line_is_settings_or_refused(arguments):
        name=st.sampled_from(NAMES))  # fmt: skip
 def test_file_and_command_line_mean_the_same(value, name, folder):
     path = folder / "same.yaml"
-    path.write_text(yaml.safe_dump({name: value}))
+    path.write_text(yaml12.dump({name: value}))
     (folder / "empty.yaml").write_text("")
-    ways = [[str(path)], [str(folder / "empty.yaml"), f"{name}={yaml.safe_dump(value).splitlines()[0]}"]]
+    ways = [[str(path)], [str(folder / "empty.yaml"), f"{name}={yaml12.dump(value).splitlines()[0]}"]]
     results = []
     for arguments in ways:
         try:
@@ -108,6 +109,50 @@ def test_file_and_command_line_mean_the_same(value, name, folder):
         except InputError:
             results.append(None)
     assert results[0] == results[1]
+
+
+@given(values=st.dictionaries(TEXT, PLAIN, max_size=4))
+def test_what_is_written_is_read_back(values):
+    """By the standard that we read, and by PyYAML, of YAML 1.1."""
+    if not any(isinstance(value, float) and math.isnan(value) for value in leaves(values)):
+        values = json.loads(json.dumps(values, default=str))
+        assert yaml12.load(yaml12.dump(values)) == values
+        assert yaml.safe_load(yaml12.dump(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6), ("1E3", 1000.0), (".5", 0.5), ("-2.", -2.0), ("010", 10), ("0o10", 8), ("0x1F", 31),
+        ("1:30", "1:30"), ("1_000", "1_000"), ("yes", "yes"), ("off", "off"), ("true", True), ("~", None),
+        ("2026-11-23", "2026-11-23"),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text, value, folder):
+    """Section 10.3.2 of the standard."""
+    (folder / "numbers.yaml").write_text(f"model_args: {{x: {text}}}")
+    for arguments in ([f"model_args={{x: {text}}}"], [str(folder / "numbers.yaml")]):
+        found = load_config(arguments).model_args["x"]
+        assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["20261123", "007", "1e-6", "true", "1:30", "2012-01-01", "a # b", "a: b", "[a", "*a"])
+def test_settings_that_are_text_are_not_parsed(text, folder):
+    (folder / "numbers.yaml").write_text("".join(f"{name}: {text}\n" for name in ("output", "data_dir", "checkpoint")))
+    ways = [["output=" + text, "data_dir=" + text, "--checkpoint", text]]
+    if text.isalnum() or text[0].isdigit():
+        ways.append([str(folder / "numbers.yaml")])
+    for arguments in ways:
+        config = load_config(arguments)
+        assert (config.output, config.data_dir, config.checkpoint) == (text, text, text)
+    assert load_config(["data_dir=null"]).data_dir is None
+
+
+def test_a_key_that_is_there_twice_is_refused(folder):
+    for text in ("epochs: 3\nlr: 1\nepochs: 300", "model_args: {a: 1, a: 2}"):
+        (folder / "twice.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"is not valid YAML: the key '(epochs|a)' is there twice"):
+            load_config([str(folder / "twice.yaml")])
 
 
 def test_few_lines_that_mean_many_are_refused_at_once(folder):

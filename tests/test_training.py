@@ -4,9 +4,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import timm
@@ -18,15 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision import transforms
 
 import metaformer
-from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, trained
 from metaformer import InputError
 from metaformer.training import data
 from metaformer.training import engine as train
-from metaformer.training import validation as validate
 from metaformer.training.config import CONFIGS, load_config
 from metaformer.training.model import with_input_of
 from metaformer.weights import read_checkpoint
-from oracles import relative_error
 from test_model import PARAMETERS
 
 README = (ROOT / "README.md").read_text()
@@ -60,18 +55,6 @@ def interrupt(monkeypatch, after, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(train.Trainer, "optimizer_step", step)
-
-
-def shell(*arguments, cwd, status=0, **environment):
-    done = subprocess.run(
-        ["bash", str(ROOT / "classification" / "dist_train.sh"), *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
 
 
 def test_run_folder(run):
@@ -119,13 +102,13 @@ def test_an_interrupted_run_continues_to_the_same_weights_and_curve(step, number
     assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
     assert "dist_train.sh stopped" in capsys.readouterr().out
     assert not same_weights(whole, stopped)
-    assert train.main(["stopped"]) == 0  # a run's folder as CONFIG continues it
+    assert trained("stopped") == 0  # a run's folder as CONFIG continues it
     assert same_weights(whole, stopped)
     assert losses(stopped) == losses(whole)
     assert len(json.loads((stopped / "run.json").read_text())["starts"]) == 2
     events = EventAccumulator(str(stopped)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 7))
-    assert train.main(["stopped"]) == 0  # finished: nothing to do
+    assert trained("stopped") == 0  # finished: nothing to do
     assert losses(stopped) == losses(whole)
 
 
@@ -141,7 +124,7 @@ def test_interrupted_while_validating(run, monkeypatch):
         patch.setattr(train.Trainer, "interruptible", signal_then_validate)
         stopped = run(*EVERYTHING_RANDOM, output="stopped", status=128 + signal.SIGTERM)
     assert not (stopped / "metrics.csv").exists()
-    train.main(["stopped"])
+    trained("stopped")
     assert same_weights(whole, stopped)
     assert losses(stopped) == losses(whole)
 
@@ -174,22 +157,6 @@ def test_the_number_of_loader_processes_changes_nothing_and_the_seed_does(run):
     one = run(*EVERYTHING_RANDOM, "workers=0")
     assert same_weights(one, run(*EVERYTHING_RANDOM, "workers=2", output="other"))
     assert not same_weights(one, run(*EVERYTHING_RANDOM, "seed=43", output="seed"))
-
-
-def test_two_processes_give_the_curve_of_one_that_accumulates(run, pictures, tmp_path):
-    settings = [f"data_dir={pictures}", *TINY, *EVERYTHING_RANDOM, "epochs=3", "global_batch=12", "device_batch=2"]
-    one = run(*settings)
-    done = shell(str(tmp_path / "empty.yaml"), *settings, "output=two", cwd=tmp_path, GPUS="2", PORT="29611")
-    assert "12 = 2 devices x 3 passes x 2 images" in done.stdout
-    assert len(rows(one)) == 3
-    for a, b in zip(rows(one), rows(tmp_path / "two"), strict=True):
-        for key in ("train_loss", "val_loss", "top1"):
-            assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
-    states = [read_checkpoint(folder / "last.pt")["state_dict"] for folder in (one, tmp_path / "two")]
-    moved = timm.create_model("poolformer_s12", num_classes=3, **yaml.safe_load(TINY[0].partition("=")[2]))
-    vectors = [torch.cat([state[name].flatten() for name in moved.state_dict()]) for state in states]
-    assert relative_error(*vectors) < 1e-4
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["devices"] == 2
 
 
 def test_accumulation_equals_one_large_batch(run):
@@ -349,9 +316,7 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
 
 
 def validated(arguments, record):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["validate.py", *arguments, "--record", str(record)])
-        validate.main()
+    assert run_script("classification/validate.py", *arguments, "--record", record) == 0
     return json.loads(record.read_text())
 
 
@@ -427,56 +392,6 @@ def test_the_ema_is_what_is_validated_and_averages_the_weights(run):
         assert torch.allclose(checkpoint["state_dict_ema"][name], (start[name] + value) / 2, atol=1e-6), name
 
 
-@pytest.fixture
-def two_processes(pictures, tmp_path):
-    """A run of two processes that would take long, at work: (the launcher, its workers' pids)."""
-    settings = [f"data_dir={pictures}", *TINY, "epochs=500", "output=run"]
-    (tmp_path / "empty.yaml").write_text("")
-    process = subprocess.Popen(
-        ["bash", str(ROOT / "classification" / "dist_train.sh"), "empty.yaml", *settings],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable, "GPUS": "2", "PORT": "29612"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(tmp_path / "run" / "metrics.csv")
-    yield process, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-
-
-def wait_for(file, seconds=120):
-    deadline = time.time() + seconds
-    while not file.exists():
-        assert time.time() < deadline, f"{file} did not appear"
-        time.sleep(0.1)
-
-
-def test_sigterm_to_the_launcher_of_two_processes_saves(two_processes, tmp_path):
-    launcher, _ = two_processes
-    launcher.terminate()
-    out, err = launcher.communicate(timeout=60)
-    assert (launcher.returncode, err) == (128 + signal.SIGTERM, "")
-    assert "SIGTERM: saved epoch" in out
-    assert 0 < read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 500
-
-
-def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(two_processes, tmp_path):
-    launcher, workers = two_processes
-    os.kill(int(workers[1]), signal.SIGTERM)
-    out, err = launcher.communicate(timeout=60)
-    assert (launcher.returncode, err) == (128 + signal.SIGTERM, "")
-    assert "SIGTERM: saved epoch" in out
-
-
-def test_a_killed_process_is_reported_and_the_last_checkpoint_stays(two_processes, tmp_path):
-    launcher, workers = two_processes
-    os.kill(int(workers[1]), signal.SIGKILL)
-    _, err = launcher.communicate(timeout=60)
-    assert (launcher.returncode, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
-    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > 0
-
-
 def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(run, monkeypatch):
     """Where the first attempt was refused, because the folder holds a run, so is the one after it."""
     monkeypatch.setenv("METAFORMER_START", "20260101-000000")
@@ -489,25 +404,6 @@ def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(r
     monkeypatch.setenv("METAFORMER_START", "20260101-000001")  # another launcher
     with pytest.raises(InputError, match="run already holds a run: add --resume to continue it"):
         run("epochs=2")
-
-
-def test_slurm_job_continues_after_preemption(pictures, tmp_path, monkeypatch):
-    from metaformer.training import slurm as submit
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.yaml").write_text("")
-    settings = ["--cluster", "local", "--gpus", "1", "--logs", str(tmp_path / "logs")]
-    settings += ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=40", f"output={tmp_path / 'run'}"]
-    job = submit.submit(settings)
-    wait_for(tmp_path / "run" / "metrics.csv")
-    # Slurm signals the task; the local executor's controller, whose process is the job's, is no part of a cluster.
-    [task] = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
-    os.kill(int(task), signal.SIGUSR2)
-    job.result()
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "finished"
-    assert len(record["starts"]) == 2
-    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch + 1) for epoch in range(40)]
 
 
 def test_mnist5k_is_stratified(tmp_path):

@@ -1,109 +1,162 @@
 """The settings of a run: one flat list of names, from a YAML file and from the command line."""
 
+import json
 import os
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from metaformer.errors import InputError, nearest
 from metaformer.provenance import write_file
+from metaformer.training import yaml12
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 DEMO = CONFIGS / "mnist.yaml"
 
+NotNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Rgb = tuple[float, float, float]
+Mean = tuple[Share, Share, Share]
+Std = tuple[PositiveShare, PositiveShare, PositiveShare]
+Filter = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+TrainFilter = Literal[Filter, "random"]
+Erase = Literal["const", "rand", "pixel"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Config(BaseModel):
-    """Every setting with its type and default; configs/classification/imagenet.yaml comments on those of the paper."""
+    """All settings of a run; ``configs/classification/imagenet.yaml`` comments on the values of the paper."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
-    # Model
-    model: str = "poolformer_s12"  # any name that timm knows
-    model_args: dict[str, Any] = {}  # further arguments of its constructor
-    drop_path: Share = 0.0
-    pretrained: bool = False  # start from the weights its authors released
-    checkpoint: str | None = None  # start from the weights in this file
-    replace_head: bool = False  # the file's classifier may have another number of classes; train a new one
+    model: str = Field("poolformer_s12", description="Name of a model that timm knows")
+    model_args: dict[str, Any] = Field({}, description="Further arguments of the model's constructor")
+    drop_path: BelowOne = Field(0.0, description="Probability of stochastic depth in the last block; less before it")
+    pretrained: bool = Field(False, description="Start from the released weights")
+    checkpoint: str | None = Field(None, description="Start from the weights in this file or folder")
+    replace_head: bool = Field(False, description="Train a new classifier where `checkpoint` has other classes")
 
-    # Data
-    dataset: str = ""  # "": folders or tars of class folders; "mnist5k"; or timm's wds/, hfds/, hfids/, tfds/, torch/
-    data_dir: str | None = None
-    train_split: str = "train"
-    val_split: str = "validation"
-    dataset_args: dict[str, Any] = {}  # further arguments of timm.data.create_dataset
-    num_classes: Positive | None = None  # for data that do not tell
-    workers: Annotated[int, Field(ge=0)] | None = None  # loader processes per device; null: one per core
-    bad_pictures: Literal["stop", "skip"] = "stop"  # what cannot be read stops the run, or is left out and named
+    dataset: str = Field("", description="Empty: folders or tars. `mnist5k`, or timm's `wds/`, `hfds/`, `torch/`...")
+    data_dir: str | None = Field(None, description="Folder of the data set")
+    train_split: str = Field("train", description="Name of the training split")
+    val_split: str = Field("validation", description="Name of the validation split")
+    dataset_args: dict[str, Any] = Field({}, description="Further arguments of `timm.data.create_dataset`")
+    num_classes: Positive | None = Field(None, description="Number of classes, for data sets that do not tell")
+    workers: Count | None = Field(None, description="Loader processes per device. null: one per core")
+    bad_pictures: Literal["stop", "skip"] = Field("stop", description="What to do with unreadable pictures")
 
-    # Input
-    img_size: Annotated[int, Field(ge=32)] = 224
-    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None  # of the evaluation; null: the model's own
-    interpolation: str | None = None  # of the evaluation; null: the model's own
-    mean: Rgb | None = None  # null: the model's own
-    std: Rgb | None = None
+    img_size: Annotated[int, Field(ge=32)] = Field(224, description="Height and width of the input in pixels")
+    crop_pct: PositiveShare | None = Field(
+        None, description="Share of the side in the evaluation crop. null: the model's"
+    )
+    interpolation: Filter | None = Field(None, description="Resize filter of the evaluation. null: the model's own")
+    mean: Mean | None = Field(None, description="Mean of each channel, of pixels in [0, 1]. null: the model's own")
+    std: Std | None = Field(None, description="Standard deviation of each channel, likewise. null: the model's own")
 
-    # Augmentation
-    scale: tuple[Share, Share] = (0.08, 1.0)  # share of the picture's area that a random crop takes
-    ratio: tuple[float, float] = (0.75, 1.3333)
-    hflip: Share = 0.5
-    vflip: Share = 0.0
-    train_interpolation: str = "random"
-    auto_augment: str | None = None
-    color_jitter: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: Share = 1.0
-    mixup_switch_prob: Share = 0.5
-    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    mixup_off_epoch: int = 0  # 0: never
-    smoothing: Share = 0.0
-    erase_prob: Share = 0.0
-    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
-    erase_count: Positive = 1
+    scale: tuple[Share, Share] = Field((0.08, 1.0), description="Share of a picture's area that a random crop takes")
+    ratio: tuple[Above0, Above0] = Field((0.75, 1.3333), description="Width / height of a random crop")
+    hflip: Share = Field(0.5, description="Probability of a horizontal flip")
+    vflip: Share = Field(0.0, description="Probability of a vertical flip")
+    train_interpolation: TrainFilter = Field("random", description="Resize filter. random: bilinear or bicubic")
+    auto_augment: str | None = Field(None, description="As timm writes it, such as rand-m9-mstd0.5-inc1. null: none")
+    color_jitter: NotNegative = Field(0.0, description="Strength of color jitter. Without effect beside `auto_augment`")
+    mixup: NotNegative = Field(0.0, description="Alpha of Mixup. 0: no Mixup")
+    cutmix: NotNegative = Field(0.0, description="Alpha of CutMix. 0: no CutMix")
+    mixup_prob: Share = Field(1.0, description="Probability that Mixup or CutMix is applied")
+    mixup_switch_prob: Share = Field(0.5, description="Probability of CutMix instead of Mixup where both are on")
+    mixup_mode: Literal["batch", "pair", "elem"] = Field("batch", description="Which pictures share a draw of Mixup")
+    mixup_off_epoch: Count = Field(0, description="Epochs after which Mixup and CutMix are off. 0: never")
+    smoothing: BelowOne = Field(0.0, description="Label smoothing")
+    erase_prob: Share = Field(0.0, description="Probability of random erasing")
+    erase_mode: Erase = Field("pixel", description="Fill with zeros, one random color, or random pixels")
+    erase_count: Positive = Field(1, description="Largest number of rectangles that are erased")
 
-    # Optimisation
-    epochs: Positive = 300
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    cooldown_epochs: Annotated[int, Field(ge=0)] = 0
-    global_batch: Positive = 4096  # images per optimizer step, over all devices and accumulated passes
-    device_batch: Positive = 128  # most images that one device takes at once
-    base_lr: float = 1.0e-3  # learning rate for each 1024 images of the global batch
-    lr: float | None = None  # the learning rate itself, whatever the batch
-    warmup_lr: float = 0.0
-    min_lr: float = 0.0
-    sched: Literal["cosine", "constant"] = "cosine"
-    sched_on_updates: bool = False  # move the learning rate at every optimizer step, not at every epoch
-    opt: str = "adamw"
-    opt_eps: float = 1.0e-8
-    opt_betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    layer_decay: float | None = None
-    clip_grad: float | None = None  # largest norm of the gradient; null: no clipping
-    drop: Share = 0.0  # dropout before the classifier
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # moving average of the weights; 0: none
+    epochs: Positive = Field(300, description="Epochs of the learning-rate schedule, warmup included")
+    warmup_epochs: Count = Field(0, description="Epochs in which the learning rate rises linearly from `warmup_lr`")
+    cooldown_epochs: Count = Field(0, description="Further epochs at `min_lr`, after a cosine")
+    global_batch: Positive = Field(4096, description="Images per optimizer step, over all devices and passes")
+    device_batch: Positive = Field(128, description="Most images that one device takes in a pass")
+    base_lr: NotNegative = Field(1.0e-3, description="Learning rate for each 1024 images of `global_batch`")
+    lr: NotNegative | None = Field(None, description="Learning rate, whatever the batch. null: by `base_lr`")
+    warmup_lr: NotNegative = Field(0.0, description="Learning rate at the beginning of the warmup")
+    min_lr: NotNegative = Field(0.0, description="Learning rate at the end of the cosine")
+    sched: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warmup")
+    sched_on_updates: bool = Field(False, description="Change the learning rate at every step instead of every epoch")
+    opt: str = Field("adamw", description="Name of an optimizer that timm knows")
+    opt_eps: NotNegative = Field(1.0e-8, description="Epsilon of the optimizer, if it has one")
+    opt_betas: tuple[BelowOne, ...] | None = Field((0.9, 0.999), description="Its betas, if it has any. null: its own")
+    weight_decay: NotNegative = Field(0.05, description="Weight decay of all parameters but vectors, such as biases")
+    layer_decay: PositiveShare | None = Field(None, description="Learning-rate factor for each layer down. null: 1")
+    clip_grad: Above0 | None = Field(None, description="Largest norm of the gradient. null: no clipping")
+    drop: BelowOne = Field(0.0, description="Probability of dropout before the classifier")
+    ema_decay: BelowOne = Field(0.0, description="Decay of the moving average of the weights. 0: no average")
 
-    # Execution
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
-    channels_last: bool = True
-    compile: bool = False
-    grad_checkpointing: bool = False
-    seed: Annotated[int, Field(ge=0)] = 42
-    deterministic: bool = False  # the same numbers in every run on a GPU too, at a cost; a CPU gives them anyway
+    precision: Precision = Field("auto", description="Of autocast. auto: bfloat16 on CUDA, float32 on a CPU")
+    channels_last: bool = Field(True, description="Keep images and weights in channels-last layout")
+    compile: bool = Field(False, description="Compile the model with torch.compile")
+    grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory")
+    seed: Count = Field(42, description="Seed of all random numbers")
+    deterministic: bool = Field(False, description="Same numbers in every run on a GPU too, if slower")
 
-    # Run
-    output: str | None = None  # null: runs/NAME-DATE
-    resume: bool = False  # continue the run in output, if there is one
-    log_interval: Positive = 10  # optimizer steps between two entries in the log
-    study: str | None = None  # of ablate.py: the study and the row of it that the run belongs to
-    row: str | None = None
-    expected_top1: float | None = None  # the paper's figure on ImageNet-1K, shown beside the one reached there
+    output: str | None = Field(None, description="Folder of the run. null: runs/MODEL-DATA-DATE")
+    resume: bool = Field(False, description="Continue the run in `output`, if there is one")
+    log_interval: Positive = Field(10, description="Optimizer steps between two entries in the log")
+    study: str | None = Field(None, description="Set by ablate.sh: the study that the run belongs to")
+    row: str | None = Field(None, description="Set by ablate.sh: the row of the study")
+    expected_top1: Percent | None = Field(None, description="Top-1 of the paper, shown beside the one reached")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flags_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not is_flag(info.field_name):
+            raise ValueError("only flags are true or false")
+        return value
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("the first number must be positive and not larger than the second")
+        return value
+
+    @field_validator("opt")
+    @classmethod
+    def _optimizer(cls, name: str) -> str:
+        from timm.optim import list_optimizers
+
+        if name.removeprefix("lookahead_") not in list_optimizers():
+            raise ValueError(f"timm has no such optimizer{nearest(name, list_optimizers())}")
+        return name
+
+    @model_validator(mode="after")
+    def _together(self) -> "Config":
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} is longer than epochs={self.epochs}")
+        if self.pretrained and self.checkpoint:
+            raise ValueError("pretrained=true and checkpoint= exclude each other: give one of them")
+        if self.replace_head and not self.checkpoint:
+            raise ValueError("replace_head=true needs checkpoint=; released weights get a new classifier anyway")
+        return self
+
+
+GROUPS = {
+    **{"model": "Model", "dataset": "Data", "img_size": "Input", "scale": "Augmentation of the training pictures"},
+    **{"epochs": "Optimization", "precision": "Execution", "output": "Run"},
+}
+"""The first setting of each group, and the group's heading."""
+TEXTS = {name for name, field in Config.model_fields.items() if field.annotation in (str, str | None)}
+"""Settings that are text: what is given for them is not parsed, so that output=20261123 is a name."""
+
+
+# Reading
 
 
 def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:
@@ -112,7 +165,7 @@ def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:
     CONFIG is a YAML file, which may name one other as ``base``, or the folder of an earlier run, which then continues.
 
     Raises:
-        InputError: no such file, a key that does not exist (with the nearest that does), a value of the wrong kind.
+        InputError: no such file, a key that does not exist (with the nearest that does), a value that is not allowed.
     """
     arguments = list(arguments)
     values: dict[str, Any] = {}
@@ -128,6 +181,7 @@ def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:
 
 
 def read_yaml(path: Path, may_have_base: bool = True) -> dict[str, Any]:
+    """The settings in a config file and in its base."""
     if not os.path.isfile(path):
         shipped = ", ".join(file.name for file in sorted(CONFIGS.glob("*.yaml")))
         raise InputError(
@@ -147,18 +201,21 @@ def read_yaml(path: Path, may_have_base: bool = True) -> dict[str, Any]:
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The content of a YAML file that must be a mapping; scalars of the settings in TEXTS stay text."""
     try:
-        values = yaml.safe_load(path.read_bytes()) or {}
+        values = yaml12.load(path.read_bytes(), TEXTS)
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror}") from error
-    except Exception as error:  # PyYAML's own, and Python's for a date or number that is none
+    except Exception as error:  # PyYAML's own, and Python's for a number that is too long
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}: a config is a list of lines `key: value`")
     return values
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """The settings that a command line gives; see :func:`load_config` for the forms."""
     values: dict[str, Any] = {}
     waiting = list(arguments)
     while waiting:
@@ -179,11 +236,17 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             else:
                 raise InputError(f"--{key} needs a value")
         check_key(key, "the command line")
-        try:
-            values[key] = yaml.safe_load(value) if value else ""
-        except Exception:  # as in read_yaml
-            values[key] = value
+        values[key] = parse_value(key, value)
     return values
+
+
+def parse_value(key: str, text: str) -> Any:
+    if key in TEXTS or not text:
+        return None if text in yaml12.NULLS[1:] else text
+    try:
+        return yaml12.load(text)
+    except Exception:  # as in read_yaml_mapping
+        return text
 
 
 def is_flag(key: str) -> bool:
@@ -196,24 +259,69 @@ def check_key(key: str, source: str) -> None:
 
 
 def check(values: dict[str, Any], source: str) -> Config:
+    """The settings as a :class:`Config`, or an InputError that names the first one that is not allowed."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         key = key if key.isprintable() else repr(key)
-        raise InputError(
-            f"{key} is {short(first['input'])} in {source}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        ) from error
+        given = f"{key} is {short(first['input'])} in {source}" if key else source
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{given}: {message[0].lower()}{message[1:]}") from error
 
 
 def short(value: Any) -> str:
-    """A value as YAML gave it: a few lines can stand for more than the memory holds."""
+    """A value of a YAML file, in which a few lines can stand for more than the memory holds."""
     form = reprlib.Repr()
     form.maxlevel, form.maxstring, form.maxother = 1, 100, 100
     return form.repr(value)
 
 
 def save_config(config: Config, path: Path, comment: str) -> None:
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = yaml12.dump(config.model_dump(mode="json"))
     write_file(path, lambda file: file.write(f"{comment}\n{text}".encode()))
+
+
+# Help
+
+
+def described() -> Iterator[tuple[str, str, str, str]]:
+    """Name, default, allowed values and description of every setting."""
+    schema = Config.model_json_schema()["properties"]
+    for name, field in Config.model_fields.items():
+        default = field.default if isinstance(field.default, str) else json.dumps(field.default)
+        yield name, default, allowed(schema[name]), field.description
+
+
+def allowed(schema: dict[str, Any]) -> str:
+    """The values that a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(allowed(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return " | ".join(schema["enum"])
+    if "items" in schema:
+        return f"[{allowed(schema['items'])}, ...]"
+    if "prefixItems" in schema:
+        return f"[{', '.join(allowed(item) for item in schema['prefixItems'])}]"
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema]
+    return " ".join([schema["type"], *bounds])
+
+
+def settings_help() -> str:
+    """Every setting with its default, allowed values and description, for ``--help``."""
+    lines = []
+    for name, default, values, description in described():
+        lines += ["", f"{GROUPS[name]}:"] if name in GROUPS else []
+        lines += [f"  {name}={default}", f"      {description} ({values})"]
+    return "\n".join(lines).strip()
+
+
+def settings_table() -> str:
+    """Every setting with its default, allowed values and description, in Markdown."""
+    lines = ["| setting | default | values | meaning |", "| --- | --- | --- | --- |"]
+    for name, default, values, description in described():
+        lines += [f"| **{GROUPS[name]}** | | | |"] if name in GROUPS else []
+        lines.append(f"| `{name}` | `{default or '(empty)'}` | {values.replace('|', 'or')} | {description} |")
+    return "\n".join(lines)

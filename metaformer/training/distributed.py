@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from metaformer.errors import InputError
 from metaformer.provenance import cores
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""A scheduler's, a person's, and the warning that Slurm can send before the end of a job's time."""
+"""What a scheduler sends, Ctrl-C, and the warning that Slurm can send before the end of a job's time."""
 
 
 @dataclass
@@ -25,19 +26,19 @@ class Processes:
     world: int = 1
     local_world: int = 1
     control: dist.ProcessGroup | None = None
-    """A gloo group for decisions: these must not wait for the GPU's queue."""
+    """A gloo group for decisions, which must not wait for the GPU's queue."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def max(self, flag: int) -> int:
-        """The largest flag of all processes."""
+    def max(self, *values: int) -> list[int]:
+        """The largest of each value over all processes."""
         if self.world == 1:
-            return flag
-        flags = torch.tensor(flag)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
-        return int(flags)
+            return list(values)
+        largest = torch.tensor(values)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return largest.tolist()
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes, on the CPU in float64."""
@@ -53,12 +54,23 @@ class Processes:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_main(self, value: object) -> object:
+    def from_main(self, value: Any) -> Any:
         """The main process's value."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Refuse processes that were started on several machines with different settings or data."""
+        first, *others = self.gather(values)
+        for rank, other in enumerate(others, start=1):
+            for key in first:
+                if first[key] != other[key]:
+                    raise InputError(
+                        f"process 0 has {key}={first[key]} and process {rank} has {key}={other[key]}: start the same "
+                        "command with the same data on all machines"
+                    )
 
     def leave(self) -> None:
         """Part from the others at the end of a run that went well."""
@@ -94,17 +106,27 @@ def join() -> Processes:
 def compute_deterministically() -> None:
     """The same numbers in every run, on a GPU too, where PyTorch fails if an operator cannot do it."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it before its first product
-    torch.backends.cudnn.benchmark = False  # which is fastest is another algorithm from time to time
+    torch.backends.cudnn.benchmark = False  # it may choose another algorithm in each run
     torch.use_deterministic_algorithms(True)
 
 
 class StopSignal:
-    """Remembers the first stop signal, so that the run can save and exit; a second Ctrl-C acts at once."""
+    """A context that remembers the first stop signal, so that the run can save and exit.
+
+    After it, Ctrl-C interrupts at once. The earlier handlers return at the end of the context.
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._earlier = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

@@ -1,0 +1,149 @@
+"""The folder of a run and its checkpoints: last.pt, the previous.pt before it, and the weights of the best epoch."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaformer.errors import InputError
+from metaformer.provenance import write_file, writing
+from metaformer.training.config import Config, check, read_yaml, save_config
+from metaformer.training.distributed import Processes
+from metaformer.weights import read_checkpoint
+
+MAY_CHANGE = {"output", "resume", "workers", "bad_pictures", "log_interval", "data_dir", "expected_top1"}
+"""Settings that may differ when a run continues, because they do not change what it computes."""
+STATE = {"state_dict", "optimizer", "amp_scaler", "loss_sum", "epoch", "step", "history", "starts", "seconds", "wall_s"}
+"""Keys of every checkpoint that can continue a run."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands, as plain data; with the weights and the optimizer it is the whole state of a run."""
+
+    epoch: int = 0
+    step: int = 0
+    """Optimizer steps taken in this epoch."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """A row of metrics.csv for each epoch."""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    """The provenance of each process that has worked on the run."""
+    skipped: dict[str, list[str]] = field(default_factory=lambda: {"training": [], "validation": []})
+    """Names of the unreadable pictures that were left out."""
+    seconds: float = 0.0
+    """Time spent on training in this epoch."""
+    earlier_s: float = 0.0
+    """Wall time of earlier starts."""
+    began: float = field(default_factory=time.time)
+
+    @property
+    def wall_s(self) -> float:
+        return self.earlier_s + time.time() - self.began
+
+    def state(self) -> dict[str, Any]:
+        names = ("epoch", "step", "history", "starts", "skipped", "seconds", "wall_s")
+        return {name: getattr(self, name) for name in names}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.starts = [*state["starts"], *self.starts]
+        self.skipped = state.get("skipped", self.skipped)  # checkpoints of earlier versions have none
+        self.seconds, self.earlier_s = state["seconds"], state["wall_s"]
+
+
+def open_folder(config: Config, processes: Processes) -> Path:
+    """The run's folder, made or found by the main process.
+
+    Raises:
+        InputError: The folder holds a run that was not asked to continue, or one with other settings, or it cannot be
+            written.
+    """
+    if not processes.is_main:
+        return processes.from_main(None)
+    data_name = Path(config.dataset or config.data_dir or "").name
+    # The launcher sets the time once for all processes and their restarts.
+    stamp = os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(config.output or f"runs/{config.model}-{data_name}-{stamp}")
+    path, comment = folder / "config.yaml", f"# begun {stamp}"
+    if path.is_file():
+        # torchrun starts processes again after a failure: they continue the run that the same launcher has begun.
+        begun_here = path.read_text(encoding="utf-8", errors="replace").startswith(comment + "\n")
+        restarted = begun_here and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if not config.resume and not restarted:
+            raise InputError(f"{folder} already holds a run: add --resume to continue it, or give another output=")
+        check_same_settings(check(read_yaml(path), str(path)), config, folder)
+        with writing(folder):
+            for partial in folder.glob("*.tmp"):  # of a process that was killed
+                partial.unlink()
+    else:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, path, comment)
+    return processes.from_main(folder)
+
+
+def check_same_settings(before: Config, now: Config, folder: Path) -> None:
+    earlier, given = before.model_dump(mode="json"), now.model_dump(mode="json")
+    for key in given:
+        if key not in MAY_CHANGE and earlier[key] != given[key]:
+            raise InputError(
+                f"{folder} was trained with {key}={earlier[key]} and cannot continue with {key}={given[key]}: "
+                "give its own settings, or another output="
+            )
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder, which only the main process reads and writes."""
+
+    def __init__(self, folder: Path, processes: Processes):
+        self.folder, self.processes = folder, processes
+        self.last, self.previous = folder / "last.pt", folder / "previous.pt"
+
+    def load(self) -> dict[str, Any] | None:
+        """The state to continue from, if there is one, sent to processes that may not see this disk.
+
+        Where last.pt is damaged, previous.pt takes its place at once, so that the next save keeps the good one.
+
+        Raises:
+            InputError: There are checkpoints and all are damaged.
+        """
+        return self.processes.from_main(self._read() if self.processes.is_main else None)
+
+    def _read(self) -> dict[str, Any] | None:
+        state = read_state(self.last)
+        if isinstance(state, str) and (state != "missing" or self.previous.exists()):
+            problem, state = state, read_state(self.previous)
+            if isinstance(state, str):
+                raise InputError(
+                    f"{self.last} is {problem} and {self.previous} is {state}: start again with another output="
+                )
+            print(f"warning: {self.last} is {problem}: {self.previous} takes its place", file=sys.stderr)
+            with writing(self.last):
+                self.previous.replace(self.last)
+        return None if isinstance(state, str) else state
+
+    def save(self, state: dict[str, Any]) -> None:
+        self._write(self.last, state, keep=self.previous)
+
+    def save_best(self, weights: dict[str, Any]) -> None:
+        self._write(self.folder / "best.pt", weights)
+
+    def _write(self, path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
+        if self.processes.is_main:
+            write_file(path, lambda file: torch.save(content, file), keep)
+
+
+def read_state(path: Path) -> dict[str, Any] | str:
+    """The content of a checkpoint that can continue a run, or the reason why it cannot."""
+    if not path.is_file():
+        return "missing"
+    try:
+        state = read_checkpoint(path)
+    except InputError:
+        return "damaged"
+    return state if state.keys() >= STATE else "not the checkpoint of a run"

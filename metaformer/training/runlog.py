@@ -1,0 +1,197 @@
+"""What a run reports: console, progress bar, TensorBoard events, metrics.csv, curve.png and run.json."""
+
+import csv
+import io
+import json
+import os
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+from metaformer.provenance import write_file, write_json, writing
+from metaformer.training.checkpoints import Progress
+
+
+class RunLog:
+    """The reports of a run, which only the main process makes.
+
+    Args:
+        folder: Where the files go.
+        facts: Entries of run.json that stay the same throughout the run.
+        epochs: Planned epochs.
+        steps: Optimizer steps in an epoch.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any], epochs: int, steps: int, is_main: bool):
+        self.folder, self.facts, self.epochs, self.steps, self.is_main = folder, facts, epochs, steps, is_main
+        self.bar: tqdm | None = None
+        self.events: Events | None = None
+
+    def open(self, progress: Progress) -> None:
+        if not self.is_main:
+            return
+        step = progress.epoch * self.steps + progress.step
+        with writing(self.folder):
+            self.events = Events(self.folder, first_step=step + 1)
+        # disable=None: the bar is shown only in a terminal.
+        self.bar = tqdm(total=self.epochs * self.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+
+    def close(self) -> None:
+        if self.is_main:
+            self.bar.close()
+            with writing(self.folder):
+                self.events.close()
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+    def stepped(self, epoch: int) -> None:
+        if self.is_main:
+            self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+            self.bar.update()
+
+    def training(self, progress: Progress, loss: float, lr: float, images_per_s: float) -> None:
+        """The mean loss since the last entry, the learning rate and the speed."""
+        if self.is_main:
+            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{images_per_s:.0f}")
+            scalars = {"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s}
+            self._add(scalars, progress.epoch * self.steps + progress.step)
+
+    def validation(self, row: dict[str, float]) -> None:
+        if self.is_main:
+            scalars = {"val/loss": row["val_loss"], "val/top1": row["top1"], "val/top5": row["top5"]}
+            self._add(scalars, row["epoch"] * self.steps)
+
+    def _add(self, scalars: dict[str, float], step: int) -> None:
+        with writing(self.folder):
+            self.events.add(scalars, step)
+
+    def epoch(self, row: dict[str, float]) -> None:
+        self.say(
+            f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+            f"  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %  {row['images_per_s']:.0f} images/s"
+        )
+
+    def metrics(self, history: list[dict[str, float]]) -> None:
+        """The epochs so far as metrics.csv and curve.png."""
+        if not self.is_main or not history:
+            return
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=history[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_file(self.folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
+        figure = plot(history, self.folder.name)
+        write_file(self.folder / "curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+    def record(self, status: str, progress: Progress, error: str | None = None) -> None:
+        """Write run.json. ``status`` is running, stopped, failed, diverged or finished."""
+        if not self.is_main:
+            return
+        history = progress.history
+        record = {
+            "kind": "training",
+            "status": status,
+            "error": error,
+            **self.facts,
+            "skipped": {split: len(names) for split, names in progress.skipped.items()},
+            "epochs": {"done": progress.epoch, "planned": self.epochs},
+            "best": best(history) if history else None,
+            "curve": history,
+            "images_per_s": statistics.median(row["images_per_s"] for row in history) if history else None,
+            "wall_s": progress.wall_s,
+            "starts": progress.starts,
+        }
+        write_json(self.folder / "run.json", record)
+
+    def is_finished(self) -> bool:
+        """Whether run.json says that the run is finished."""
+        try:
+            return json.loads((self.folder / "run.json").read_text(encoding="utf-8")).get("status") == "finished"
+        except (OSError, ValueError):  # missing or damaged
+            return False
+
+    def result(self, progress: Progress) -> None:
+        """Say what the run has reached and what to do next."""
+        row, settings, data = best(progress.history), self.facts["settings"], self.facts["data"]
+        skipped = {split: len(names) for split, names in progress.skipped.items()}
+        paper = ""
+        if settings["expected_top1"] is not None and data["classes"] == 1000:
+            paper = f"; the paper reports {settings['expected_top1']} % on ImageNet-1K"
+        lines = [
+            f"\ntop-1 {row['top1']:.2f} % of {data['val_images'] - skipped['validation']} held-out images "
+            f"(epoch {row['epoch']} of {self.epochs}, {progress.wall_s / 60:.1f} minutes){paper}"
+        ]
+        if any(skipped.values()):
+            lines.append(
+                f"skipped   {skipped['training']} training and {skipped['validation']} validation pictures that cannot "
+                "be read; the lines above name them"
+            )
+        lines += [
+            f"folder    {self.folder}/ (curve.png, metrics.csv, best.pt, last.pt, run.json)",
+            f"validate  python classification/validate.py {self.folder}",
+        ]
+        if settings["dataset"] == "mnist5k":
+            lines.append(
+                "next      bash classification/dist_train.sh configs/classification/poolformer_s12.yaml "
+                "data_dir=/path/to/imagenet"
+            )
+        self.say("\n".join(lines))
+
+
+def best(history: list[dict[str, float]]) -> dict[str, float]:
+    """The first of the epochs with the highest top-1."""
+    return max(history, key=lambda row: row["top1"])
+
+
+class Events:
+    """A file of TensorBoard events, written by the calling thread.
+
+    TensorBoard's own writer has a thread, in which a full disk would raise where nobody can handle it.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = (folder / name).open("wb")
+        self.writer = RecordWriter(self.file)
+        self._write(file_version="brain.Event:2")
+        # Readers discard events of earlier files from this step on: a process that was killed has written them.
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self.file.flush()
+
+    def add(self, scalars: dict[str, float], step: int) -> None:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(step=step, summary=Summary(value=values))
+        self.file.flush()
+
+    def _write(self, **content: Any) -> None:
+        self.writer.write(Event(wall_time=time.time(), **content).SerializeToString())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def plot(history: list[dict[str, float]], title: str) -> Figure:
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure.suptitle(title)
+    losses, accuracy = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    losses.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training (augmented)")
+    losses.plot(epochs, [row["val_loss"] for row in history], ".--", label="validation")
+    losses.set(xlabel="epoch", ylabel="cross-entropy")
+    losses.legend()
+    accuracy.plot(epochs, [row["top1"] for row in history], marker=".", label="top-1")
+    accuracy.plot(epochs, [row["top5"] for row in history], ".--", label="top-5")
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    accuracy.legend()
+    return figure

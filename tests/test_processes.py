@@ -1,0 +1,249 @@
+"""Several processes: the same numbers as one, decisions taken together, and machines that share no disk."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+import yaml
+
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, trained, wait_for
+from metaformer.errors import run_command
+from metaformer.training import engine, slurm
+from metaformer.training.config import load_config
+from metaformer.weights import read_checkpoint
+from oracles import relative_error
+from test_training import losses, rows, same_weights
+
+
+class Ended(NamedTuple):
+    status: int | None
+    """None of a process that had to be killed."""
+    printed: str
+
+
+def pair(*settings: str, folders: tuple[Path, Path], of_one: tuple[str, ...] = ()) -> list[Ended]:
+    """Train in two processes over gloo, each in its folder; ``of_one`` are settings of the second alone.
+
+    The processes are forked from this one, so that patches made here hold there.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+
+    def work(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.chdir(folders[rank])
+        sys.stdout = sys.stderr = Path(f"printed-{rank}").open("w", buffering=1)  # noqa: SIM115
+        torch.set_num_threads(1)
+        Path("empty.yaml").write_text("")
+        run_command(lambda: trained("empty.yaml", *TINY, *settings, *(of_one if rank else ())))
+
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for folder, process in zip(folders, processes, strict=True):
+        folder.mkdir(exist_ok=True)
+        process.start()
+    for process in processes:
+        process.join(120)
+    status = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return [Ended(status[rank], (folders[rank] / f"printed-{rank}").read_text()) for rank in range(2)]
+
+
+RANDOM = (*EVERYTHING_RANDOM, "output=run")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, pictures):
+    """The run of two processes with the settings RANDOM."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert [ended.status for ended in pair(f"data_dir={pictures}", *RANDOM, folders=(folder, folder))] == [0, 0]
+    return folder / "run"
+
+
+def test_two_processes_give_the_curve_of_one_that_accumulates(run, pictures, tmp_path):
+    settings = [f"data_dir={pictures}", *EVERYTHING_RANDOM, "epochs=3", "global_batch=12", "device_batch=2"]
+    one = run(*settings)
+    main, other = pair(*settings, "output=two", folders=(tmp_path, tmp_path))
+    assert (main.status, other.status) == (0, 0), main.printed + other.printed
+    assert "12 = 2 devices x 3 passes x 2 images" in main.printed
+    assert other.printed == ""
+    assert len(rows(one)) == 3
+    for a, b in zip(rows(one), rows(tmp_path / "two"), strict=True):
+        for key in ("train_loss", "val_loss", "top1"):
+            assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
+    states = [read_checkpoint(folder / "last.pt")["state_dict"] for folder in (one, tmp_path / "two")]
+    moved = timm.create_model("poolformer_s12", num_classes=3, **yaml.safe_load(TINY[0].partition("=")[2]))
+    vectors = [torch.cat([state[name].flatten() for name in moved.state_dict()]) for state in states]
+    assert relative_error(*vectors) < 1e-4
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["devices"] == 2
+
+
+def signal_once(monkeypatch, method: str, rank: int, number: int) -> None:
+    """Send the process of that rank a signal when it has called the method of the trainer twice."""
+    original, calls = getattr(engine.Trainer, method), []
+
+    def call(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2 and self.processes.rank == rank:
+            os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(engine.Trainer, method, call)
+
+
+@pytest.mark.parametrize(("method", "rank"), [("optimizer_step", 1), ("interruptible", 0), ("interruptible", 1)])
+def test_a_signal_to_one_process_stops_both(method, rank, undisturbed, pictures, tmp_path, monkeypatch):
+    """Also while validating, where the first process has two batches of the 9 images and the second has one."""
+    settings, folders = (f"data_dir={pictures}", *RANDOM), (tmp_path, tmp_path)
+    with monkeypatch.context() as patch:
+        signal_once(patch, method, rank, signal.SIGTERM)
+        ended = pair(*settings, folders=folders)
+    assert [process.status for process in ended] == [128 + signal.SIGTERM] * 2
+    assert "SIGTERM: saved epoch" in ended[0].printed
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 2
+    assert [process.status for process in pair(*settings, "resume=true", folders=folders)] == [0, 0]
+    assert same_weights(undisturbed, tmp_path / "run")
+    assert losses(undisturbed) == losses(tmp_path / "run")
+
+
+def test_machines_that_share_no_disk_continue_from_the_first_ones_checkpoint(
+    undisturbed, pictures, tmp_path, monkeypatch
+):
+    settings, folders = (f"data_dir={pictures}", *RANDOM), (tmp_path / "first", tmp_path / "second")
+    with monkeypatch.context() as patch:
+        signal_once(patch, "optimizer_step", 0, signal.SIGTERM)
+        assert {process.status for process in pair(*settings, folders=folders)} == {128 + signal.SIGTERM}
+    assert not (folders[1] / "run").exists()
+    assert [process.status for process in pair(*settings, "resume=true", folders=folders)] == [0, 0]
+    assert same_weights(undisturbed, folders[0] / "run")
+    assert losses(undisturbed) == losses(folders[0] / "run")
+
+
+def test_machines_with_other_settings_or_data_are_refused(pictures, tmp_path):
+    other = draw(tmp_path / "other", train_images=27, val_images=9)
+    for setting, sentence in [
+        ("lr=0.1", "error: process 0 has lr=0.002 and process 1 has lr=0.1: start the same command"),
+        (f"data_dir={other}", "error: process 0 has train_images=24 and process 1 has train_images=27: start the same"),
+    ]:
+        for ended in pair(f"data_dir={pictures}", folders=(tmp_path, tmp_path), of_one=(setting,)):
+            assert ended.status == 2
+            assert ended.printed.startswith(sentence)
+            assert ended.printed.count("\n") == 1
+
+
+def test_what_two_processes_validate_is_what_they_save(pictures, tmp_path):
+    """Batch norm gathers other statistics in each process."""
+    settings = [f"data_dir={pictures}", "model=metaformer_s12_bn", "epochs=1", "output=run"]
+    assert [ended.status for ended in pair(*settings, folders=(tmp_path, tmp_path))] == [0, 0]
+    folder = tmp_path / "run"
+    assert run_script("classification/validate.py", folder, "--record", tmp_path / "record.json") == 0
+    metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    assert float(rows(folder)[0]["val_loss"]) == pytest.approx(metrics["loss"], rel=1e-6)
+
+
+@pytest.fixture
+def launched(pictures, tmp_path):
+    """A run of two processes that would take long, at work: (the launcher, its workers' pids)."""
+    settings = [f"data_dir={pictures}", *TINY, "epochs=500", "output=run"]
+    (tmp_path / "empty.yaml").write_text("")
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "classification" / "dist_train.sh"), "empty.yaml", *settings],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "GPUS": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "run" / "metrics.csv")
+    yield process, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_the_launcher_of_two_processes_saves(number, launched, tmp_path):
+    launcher, _ = launched
+    launcher.send_signal(number)
+    out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, err) == (128 + number, "")
+    assert f"{number.name}: saved epoch" in out
+    assert 0 < read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 500
+
+
+def test_a_killed_process_is_reported_and_the_last_checkpoint_stays(launched, tmp_path):
+    launcher, workers = launched
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > 0
+
+
+def test_a_preempted_slurm_job_continues(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+    settings = ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=40", "output=run"]
+    [job] = slurm.submit(
+        [slurm.TrainingJob([*settings, "--resume"], 1)], "local", str(tmp_path / "logs"), None, 1, 1, 9
+    )
+    wait_for(tmp_path / "run" / "metrics.csv")
+    # Slurm signals the task; the local executor's controller, whose process is the job's, is no part of a cluster.
+    [task] = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+    os.kill(int(task), signal.SIGUSR2)
+    job.result()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert len(record["starts"]) == 2
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch + 1) for epoch in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [
+        (["run"], "run"),
+        (["empty.yaml", "--output", "runs/x"], "runs/x"),
+        (["empty.yaml", "--output=runs/x"], "runs/x"),
+        (["empty.yaml", "output=runs/x"], "runs/x"),
+        (["empty.yaml"], "runs/20"),
+    ],
+)
+def test_a_submitted_run_has_the_folder_that_was_asked_for(given, output, tmp_path, monkeypatch):
+    """Or one of its own, in which it continues when it is queued again."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty.yaml", "run/config.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    jobs = []
+
+    def submit(submitted, *_):
+        jobs.extend(submitted)
+        return [SimpleNamespace(job_id=1, paths=SimpleNamespace(stdout="log"))]
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    assert run_script("classification/submit.py", "--gpus", 2, *given, "warmup_epochs=7") == 0
+    config = load_config(jobs[0].arguments)
+    assert (config.output.startswith(output), config.resume, config.warmup_epochs, jobs[0].gpus) == (True, True, 7, 2)
+    assert output == "runs/20" or config.output == output
+
+
+def test_what_cannot_run_is_not_submitted(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(slurm, "submit", pytest.fail)
+    for arguments, sentence in [
+        (["--cluster", "local", "--nodes", 2], "--cluster local has one node"),
+        (["--gpus", 0], "--nodes, --gpus, --cpus-per-gpu and --time are whole numbers from 1"),
+        (["epoch=3"], "the command line has an unknown setting 'epoch'"),
+        (["--partitoin", "gpu"], "the command line has an unknown setting 'partitoin'"),
+        ([tmp_path / "nowhere.yaml"], "there is no config"),
+    ]:
+        status, _, error = command("classification/submit.py", *arguments)
+        assert (status, error.count("\n")) == (2, 1)
+        assert error.startswith(f"error: {sentence}")
