@@ -304,7 +304,7 @@ def test_a_run_that_left_out_pictures_is_not_comparable(monkeypatch):
     settings |= {"study": "cifar10", "row": "identity", "seed": 0}
     content = {**record.model_dump(), "settings": settings, "data": study.data.model_dump()}
     assert Results("cifar10", [parse(content, Path("x"))]).top1 == {"identity": {0: 70.0}}
-    with pytest.raises(InputError, match="row identity, seed 0 that left out pictures"):
+    with pytest.raises(InputError, match="row identity, seed 0 with skipped pictures=1, and the study has 0"):
         Results("cifar10", [parse({**content, "skipped": {"training": 0, "validation": 1}}, Path("x"))])
 
 

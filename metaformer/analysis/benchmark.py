@@ -51,18 +51,11 @@ def benchmark(forms: list[str], modes: list[bool], tasks: list[str], settings: S
     tf32 = settings.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     rates = {"macs_per_s": matrix_rate(settings.dtype, device), "bytes_per_s": bandwidth(device)}
+    of_settings = {**settings._asdict(), "size": list(settings.size), "device": device.type, "seed": SEED}
     return {
         "kind": "benchmark",
-        "model": settings.model,
-        "settings": {
-            "batch": settings.batch,
-            "size": list(settings.size),
-            "precision": settings.precision,
-            "memory_format": settings.memory_format,
-            "device": device.type,
-            "rounds": settings.rounds,
-            "seed": SEED,
-        },
+        "model": of_settings.pop("model"),
+        "settings": of_settings,
         "rates": rates,
         "tasks": [
             {

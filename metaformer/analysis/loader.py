@@ -33,7 +33,6 @@ from metaformer.training.model import build_model, with_input_of
 STEPS = {
     "RandomResizedCropAndInterpolation": "crop and resize",
     "RandomHorizontalFlip": "flip",
-    "RandAugment": "RandAugment",
     "MaybePILToTensor": "to tensor",
 }
 """Names of timm's transforms in the record; others are called by their class."""
@@ -76,13 +75,7 @@ def measure(
     files = (dataset.reader[index][0] for batch in batches for _, index in batch)
     return {
         "kind": "loader",
-        "data": {
-            "data_dir": config.data_dir,
-            "split": config.train_split,
-            "classes": num_classes,
-            "images": len(dataset),
-            **sizes(files),
-        },
+        "data": {"data_dir": config.data_dir, "classes": num_classes, "images": len(dataset), **sizes(files)},
         "settings": config.model_dump(mode="json", include=INPUT_SETTINGS),
         "workers": workers,
         "images": number,

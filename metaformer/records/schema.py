@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from metaformer.errors import InputError
 
@@ -22,6 +22,8 @@ Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
+    """Fields that are not named here are kept as they are."""
+
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
@@ -36,7 +38,7 @@ class Hardware(Part):
 
     @property
     def device(self) -> str:
-        """What training runs on."""
+        """The GPU, or else the processor."""
         return self.gpus[0] if self.gpus else self.processor
 
 
@@ -50,10 +52,17 @@ class Provenance(Part):
 
 class Data(Part):
     classes: Positive
+    images: Positive | None = None
+    val_images: Positive | None = None
 
 
-class EvaluatedData(Data):
-    images: Positive
+class Settings(Part):
+    img_size: Positive | None = None
+    crop_pct: float | None = None
+    model_args: dict[str, Any] = {}
+    seed: int | None = None
+    study: str | None = None
+    row: str | None = None
 
 
 class Weights(Part):
@@ -61,35 +70,33 @@ class Weights(Part):
     sha256: str | None
 
 
-class TrainedFor(Part):
-    epochs: Positive
-    seed: int
-
-
-class ClassificationSettings(Part):
-    img_size: Positive
-    model_args: dict[str, Any] = {}
+# Evaluations
 
 
 def check_percent(name: str, percent: float, images: int) -> None:
-    """An accuracy is a number of images: a fraction in place of a percentage is most often not."""
+    """An accuracy is a whole number of images. A fraction that was written in place of a percentage rarely is."""
     right = percent / 100 * images
     if abs(right - round(right)) > 0.001:
         raise ValueError(f"{name} is {percent}, which is no percentage of {images} images")
 
 
-class ClassificationMetrics(Part):
+class Top(Part):
     top1: Percent
     top5: Percent
     images: Positive
 
     @model_validator(mode="after")
-    def _are_percentages(self) -> "ClassificationMetrics":
+    def _is_consistent(self) -> "Top":
         if self.top1 > self.top5:
             raise ValueError(f"top1 is {self.top1} and top5 is {self.top5}: it cannot be the smaller")
         check_percent("top1", self.top1, self.images)
         check_percent("top5", self.top5, self.images)
         return self
+
+
+class TrainedFor(Part):
+    epochs: Positive
+    seed: int
 
 
 class Classification(Provenance):
@@ -98,54 +105,51 @@ class Classification(Provenance):
     checkpoint: Weights
     training: TrainedFor | None
     data: Data
-    settings: ClassificationSettings
-    metrics: ClassificationMetrics
+    settings: Settings
+    metrics: Top
 
     @property
     def images(self) -> int:
         return self.metrics.images
 
 
+def of_coco(metrics: dict[str, float]) -> dict[str, float]:
+    for name, value in metrics.items():
+        if name.startswith("coco/") and "mAP" in name and not (0 <= value <= 1 or value == -1):
+            raise ValueError(f"{name} is {value}: it is a fraction, or -1 without objects of that size")
+    return metrics
+
+
+def of_ade20k(metrics: dict[str, float]) -> dict[str, float]:
+    for name in ("aAcc", "mIoU", "mAcc"):
+        if not 0 <= metrics.get(name, 0) <= 100:
+            raise ValueError(f"{name} is {metrics[name]}: it is a percentage")
+    if 0 < metrics.get("aAcc", 0) <= 1:
+        raise ValueError(f"aAcc is {metrics['aAcc']}: the metrics are percentages, and these seem to be fractions")
+    return metrics
+
+
 class OfToolbox(Provenance):
     model: str
     checkpoint: Weights | None
-    data: EvaluatedData
-    metrics: dict[str, float]
+    data: Data
 
     @property
-    def images(self) -> int:
+    def images(self) -> int | None:
         return self.data.images
 
 
 class Detection(OfToolbox):
     kind: Literal["detection"]
-
-    @field_validator("metrics")
-    @classmethod
-    def _are_fractions(cls, metrics: dict[str, float]) -> dict[str, float]:
-        for name, value in metrics.items():
-            if name.startswith("coco/") and "mAP" in name and not (0 <= value <= 1 or value == -1):
-                raise ValueError(f"{name} is {value}: it is a fraction, or -1 without objects of that size")
-        return metrics
+    metrics: Annotated[dict[str, float], AfterValidator(of_coco)]
 
 
 class Segmentation(OfToolbox):
     kind: Literal["segmentation"]
-
-    @field_validator("metrics")
-    @classmethod
-    def _are_percentages(cls, metrics: dict[str, float]) -> dict[str, float]:
-        for name in ("aAcc", "mIoU", "mAcc"):
-            if not 0 <= metrics.get(name, 0) <= 100:
-                raise ValueError(f"{name} is {metrics[name]}: it is a percentage")
-        if 0 < metrics.get("aAcc", 0) <= 1:
-            raise ValueError(f"aAcc is {metrics['aAcc']}: the metrics are percentages, and these seem to be fractions")
-        return metrics
+    metrics: Annotated[dict[str, float], AfterValidator(of_ade20k)]
 
 
-class TrainingSettings(Part):
-    study: str | None = None
-    row: str | None = None
+# Training
 
 
 class Epoch(Part):
@@ -169,10 +173,9 @@ class Training(Part):
     wall_s: Amount | None = None
     seed: int | None
     starts: Annotated[list[Provenance], Field(min_length=1)]
-    settings: TrainingSettings
+    settings: Settings
     epochs: Epochs | None = None
     curve: list[Epoch] = []
-    """By epoch."""
     skipped: dict[str, Count] = {}
     """Pictures left out of each split because they could not be read."""
 
@@ -191,17 +194,16 @@ class Training(Part):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Training":
-        if getattr(self.settings, "seed", self.seed) != self.seed:
+        if self.settings.seed not in (None, self.seed):
             raise ValueError(f"seed is {self.seed}, but settings.seed is {self.settings.seed}")
         numbers = [epoch.epoch or i for i, epoch in enumerate(self.curve, start=1)]
-        expected = self.epochs.done if self.epochs else len(numbers)
-        if self.curve and numbers != list(range(1, expected + 1)):
-            raise ValueError(f"the curve has not the epochs 1 to {expected}")
+        last = self.epochs.done if self.epochs else len(numbers)
+        if numbers and numbers != list(range(1, last + 1)):
+            raise ValueError(f"the curve has not the epochs 1 to {last}")
         if self.status == "finished" and self.epochs and self.epochs.done != self.epochs.planned:
             raise ValueError(f"the run is finished, but only after {self.epochs.done} of {self.epochs.planned} epochs")
-        images = getattr(self.data, "val_images", None)
-        for epoch in self.curve if images and not self.skipped.get("validation") else []:
-            check_percent("top1 in the curve", epoch.top1, images)
+        for epoch in self.curve if self.data.val_images and not self.skipped.get("validation") else []:
+            check_percent("top1 in the curve", epoch.top1, self.data.val_images)
         return self
 
     @property
@@ -211,6 +213,9 @@ class Training(Part):
     @property
     def hardware(self) -> Hardware:
         return self.starts[-1].hardware
+
+
+# Benchmarks
 
 
 class BenchmarkSettings(Part):
@@ -224,7 +229,7 @@ class BenchmarkSettings(Part):
 
 
 class Rates(Part):
-    """What the machine does at most: large matrix products and large copies."""
+    """Of the machine's largest matrix products and copies."""
 
     macs_per_s: Amount
     bytes_per_s: Amount
@@ -247,19 +252,18 @@ class Contestant(Part):
     peak_bytes: Positive | None
 
 
+def took_turns(contestants: list[Contestant]) -> list[Contestant]:
+    if len({len(contestant.seconds) for contestant in contestants}) > 1:
+        raise ValueError("not all have as many rounds")
+    if len({(contestant.form, contestant.compiled) for contestant in contestants}) < len(contestants):
+        raise ValueError("a contestant is there twice")
+    return contestants
+
+
 class Timed(Part):
     task: Literal["inference", "training"]
     floor: Floor
-    contestants: Annotated[list[Contestant], Field(min_length=1)]
-
-    @field_validator("contestants")
-    @classmethod
-    def _took_turns(cls, contestants: list[Contestant]) -> list[Contestant]:
-        if len({len(contestant.seconds) for contestant in contestants}) > 1:
-            raise ValueError("not all have as many rounds")
-        if len({(contestant.form, contestant.compiled) for contestant in contestants}) < len(contestants):
-            raise ValueError("a contestant is there twice")
-        return contestants
+    contestants: Annotated[list[Contestant], Field(min_length=1), AfterValidator(took_turns)]
 
 
 class Benchmark(Provenance):
@@ -301,17 +305,17 @@ class Pictures(Data):
 
 class Loading(Provenance):
     kind: Literal["loader"]
+    model: Literal["jpeg"] = "jpeg"
+    """A loader has no model; this is what the file of its record is called by."""
     data: Pictures
     workers: Positive
     rounds: Positive
     consume_images_per_s: Amount | None
     decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
-    settings: ClassificationSettings
+    settings: Settings
 
-    @property
-    def model(self) -> str:
-        """A loader has none; what its file is called by."""
-        return "jpeg"
+
+# Campaigns of faults
 
 
 class Fault(Part):
@@ -357,18 +361,13 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the record {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a result record: it is not JSON ({error})") from error
-    if depth(record) > DEEPEST:
-        raise InputError(f"{path} is not a result record: it is nested more than {DEEPEST} deep")
-    return record
-
-
-def depth(value: Any) -> int:
-    """How deep lists and dictionaries are nested; without recursion, which has a limit of its own."""
-    levels, level = 0, [value]
+    levels, level = 0, [record]  # counted without recursion, which has a limit of its own
     while level := [part for part in level if isinstance(part, dict | list)]:
         levels += 1
         level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
-    return levels
+    if levels > DEEPEST:
+        raise InputError(f"{path} is not a result record: it is nested more than {DEEPEST} deep")
+    return record
 
 
 def parse(record: Any, path: Path) -> Record:

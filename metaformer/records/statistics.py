@@ -122,23 +122,16 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
     settings, row = record.settings, record.settings.row
     if row not in ROWS:
         raise InputError(f"{name} has a record of row {row!r}, which ablate.py does not know")
-    expected = check({**study.recipe, **ROWS[row]}, source=name).model_dump(mode="json")
-    for key in {**study.recipe, **ROWS[row]}:
-        if getattr(settings, key, None) != expected[key]:
+    recipe = {**study.recipe, **ROWS[row]}
+    expected = check(recipe, source=name).model_dump(mode="json")
+    fields = {key: (getattr(settings, key, None), expected[key]) for key in recipe}
+    fields |= {f"data.{what}": (getattr(record.data, what, None), number) for what, number in study.data}
+    fields["skipped pictures"] = sum(record.skipped.values()), 0
+    for field, (found, planned) in fields.items():
+        if found != planned:
             raise InputError(
-                f"{name} has a record of row {row}, seed {record.seed} with {key}={getattr(settings, key, None)}, and "
-                f"the study has {expected[key]}: it is of another recipe, take it out"
-            )
-    if any(record.skipped.values()):
-        raise InputError(
-            f"{name} has a record of row {row}, seed {record.seed} that left out pictures that could not be read: mend "
-            "the data and run it again"
-        )
-    for what, number in study.data:
-        if getattr(record.data, what) != number:
-            raise InputError(
-                f"{name} has a record of row {row}, seed {record.seed} on {getattr(record.data, what)} {what}, and the "
-                f"study has {number}: take it out"
+                f"{name} has a record of row {row}, seed {record.seed} with {field}={found}, and the study has "
+                f"{planned}: it is of another recipe or of other data, take it out"
             )
 
 
