@@ -8,7 +8,6 @@ from statistics import mean
 from metaformer.analysis.cells import NOT_MEASURED, NOT_RUN, Mean, Measurement, Number, Range, Row, Table, Verdict
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import rows_of
-from metaformer.analysis.render import markdown
 from metaformer.records.statistics import Interval, Results, statements
 from metaformer.variants import LABELS, ROWS
 
@@ -100,15 +99,6 @@ def in_signs(weights: dict[str, float], value: Interval | None) -> str:
         for name, weight in weights.items()
     )
     return f"{terms.removeprefix('+ ')}: {in_points(value) if value else NOT_RUN}"
-
-
-def verdicts(measured: Measured) -> str:
-    """For README.md: a row for each statement, a column for each study, and what the studies took."""
-    rows: dict[str, Row] = {}
-    for name, _, statement, verdict, _ in judged(measured):
-        rows.setdefault(statement, {"at this scale": statement})[name] = verdict
-    costs = [f"- {cost_of(name, results)}" for name, results in measured.studies.items()]
-    return "\n".join([markdown(list(rows.values())), "", *costs]) if rows else "Not run yet."
 
 
 def faults(measured: Measured) -> Table:
