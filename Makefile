@@ -9,7 +9,7 @@ OPS := mmcv-torchvision-ops
 
 install: $(READY)
 
-$(READY): requirements.txt pyproject.toml $(OPS)/pyproject.toml $(OPS)/mim_status.py $(OPS)/mmcv/_ext.py
+$(READY): requirements.txt pyproject.toml $(OPS)/pyproject.toml $(OPS)/mmcv/_ext.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $$($(PYTHON) --version) is too old: give Python 3.10 or later, as in make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || \

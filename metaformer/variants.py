@@ -6,7 +6,7 @@ timm's own.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
+from metaformer.block import ChannelLayerNorm
 from metaformer.errors import InputError, nearest
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
-from metaformer.model import ChannelLayerNorm, MetaFormer
+from metaformer.model import MetaFormer, takes_map_size
 from metaformer.weights import fetch, named_for
 
 RELEASES = "https://github.com/sail-sg/poolformer/releases/download/v1.0"
@@ -134,6 +135,13 @@ LABELS = {variant.row: variant.label for variant in VARIANTS.values() if variant
 LABELS["nodroppath"] = "drop path → none"
 """What the tables print for each row of :data:`ROWS`."""
 
+
+def fixes_input_size(token_mixers: Any = Pooling, pos_embeds: Sequence[bool] = (), **_: Any) -> bool:
+    """Whether a model with these arguments takes images of one size only."""
+    mixers = token_mixers if isinstance(token_mixers, Sequence) else [token_mixers]
+    return any(pos_embeds) or any(takes_map_size(mixer) for mixer in mixers)
+
+
 default_cfgs = generate_default_cfgs(
     {
         f"{name}.sail_in1k" if variant.release else name: {
@@ -147,6 +155,7 @@ default_cfgs = generate_default_cfgs(
             "std": IMAGENET_DEFAULT_STD,
             "classifier": "head",
             "first_conv": "stem",
+            "fixed_input_size": fixes_input_size(**variant.arguments),
         }
         for name, variant in VARIANTS.items()
     }

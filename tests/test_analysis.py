@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT
-from metaformer import ABLATIONS, POOLFORMERS, InputError, records
+from metaformer import ABLATIONS, POOLFORMERS, InputError, open_checkpoint, records
 from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, tables
 
 PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
@@ -668,7 +668,7 @@ def weights(path: Path, name: str) -> Path:
 
 def test_gradcam_is_the_gradient_weighted_sum_of_the_papers_layer(picture, tmp_path):
     """By the definition, from the activations and gradients of the last stage."""
-    model = gradcam.build("poolformer_s12", str(weights(tmp_path, "poolformer_s12")))
+    model = open_checkpoint(weights(tmp_path, "poolformer_s12"), "poolformer_s12").model
     pixels = gradcam.read_picture(picture)
     assert pixels.shape == (224, 224, 3)
     (overlay,) = gradcam.cam_of("poolformer_s12", model, [pixels])

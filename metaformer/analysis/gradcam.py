@@ -6,7 +6,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,8 +15,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from metaformer import MetaFormer
-from metaformer.errors import InputError, nearest
-from metaformer.weights import load_state, named_for, read_checkpoint, weights_of
+from metaformer.errors import InputError
 
 PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
 """The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
@@ -49,26 +47,6 @@ def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:
     tokens = tokens[:, prefix:].transpose(1, 2)
     side = round(tokens.shape[2] ** 0.5)
     return tokens.unflatten(2, (side, side))
-
-
-def build(name: str, weights: str | None) -> nn.Module:
-    if not timm.is_model(name):
-        raise InputError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
-    if weights is None:
-        try:
-            return timm.create_model(name, pretrained=True).eval()
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"cannot fetch the released weights of {name} ({' '.join(str(error).split())[:200]}): "
-                f"give a file with --weights {name}=FILE"
-            ) from error
-    model = timm.create_model(name)
-    state = named_for(weights_of(read_checkpoint(weights)), model)
-    classifier = next(label for label, module in model.named_modules() if module is model.get_classifier())
-    if f"{classifier}.weight" in state:
-        model.reset_classifier(len(state[f"{classifier}.weight"]))
-    load_state(model, state, weights)
-    return model.eval()
 
 
 def read_picture(path: Path) -> np.ndarray:
