@@ -176,7 +176,7 @@ ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Build and trace without the arithmetic: no random weights; zeros from convolutions and matrix products.
+    """Build and trace without the arithmetic: no random weights, nothing in the outputs of expensive operators.
 
     Counting needs shapes alone, and takes a second for a detector this way. PyTorch cannot trace its convolutions on
     the meta device, which would do the same. Attention is traced in its parts, since fvcore does not know the operator
@@ -224,15 +224,24 @@ class NoArithmetic(TorchDispatchMode):
             channels, per_group, *kernel = map(int, weight.shape)
             if transposed:
                 sides = map(side_after_transposed, sides, kernel, stride, padding, dilation, out_padding)
-                return x.new_zeros(batch, per_group * groups, *sides)
-            return x.new_zeros(batch, channels, *map(side_after, sides, kernel, stride, padding, dilation))
+                return x.new_empty(batch, per_group * groups, *sides)
+            return x.new_empty(batch, channels, *map(side_after, sides, kernel, stride, padding, dilation))
+        if func is aten.avg_pool2d.default:
+            return pooled(*args)
         if func in (aten.mm.default, aten.bmm.default):
             left, right = args
         elif func is aten.addmm.default:
             _, left, right = args
         else:
             return func(*args, **(kwargs or {}))
-        return left.new_zeros(*map(int, left.shape[:-1]), int(right.shape[-1]))
+        return left.new_empty(*map(int, left.shape[:-1]), int(right.shape[-1]))
+
+
+def pooled(x, kernel, stride=(), padding=(0, 0), ceil_mode=False, *rest):
+    if ceil_mode:
+        return torch.ops.aten.avg_pool2d(x, kernel, stride, padding, ceil_mode, *rest)
+    batch, channels, *sides = map(int, x.shape)
+    return x.new_empty(batch, channels, *map(side_after, sides, kernel, stride or kernel, padding, (1, 1)))
 
 
 def side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
