@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,21 +19,12 @@ from metaformer.prediction import Prediction, find_pictures, predict
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "pictures",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE_OR_FOLDER",
-        help="picture files, and folders that are searched for pictures with all folders below them",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="RUN_OR_FILE",
-        help="folder of a run, or checkpoint file or folder in any known format (default: released weights of --model)",
-    )
-    parser.add_argument("--model", metavar="NAME", help="timm's name of the model, if the checkpoint does not tell it")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes for each picture (default: 5)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
+    add = parser.add_argument
+    add("pictures", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="folders are searched with all below them")
+    add("--checkpoint", metavar="RUN_OR_FILE", help="run's folder, or checkpoint (default: --model's released weights)")
+    add("--model", metavar="NAME", help="timm's name of the model, if the checkpoint does not tell it")
+    add("--top", type=int, default=5, metavar="N", help="classes for each picture (default: 5)")
+    add("--batch", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print a JSON list of pictures with their classes")
     output.add_argument("--csv", action="store_true", help="print a CSV table: file, rank, class, index, probability")
@@ -44,13 +36,8 @@ def main() -> int:
     if source is None:
         raise InputError("give --checkpoint RUN_OR_FILE, or --model NAME for its released weights")
     opened = open_checkpoint(source, options.model)
-    predictions, unreadable = predict(
-        opened,
-        paths,
-        options.top,
-        options.batch,
-        lambda batches: tqdm(batches, unit="batch", desc=opened.name, disable=None),
-    )
+    progress = partial(tqdm, unit="batch", desc=opened.name, disable=None)
+    predictions, unreadable = predict(opened, paths, options.top, options.batch, progress)
     if options.json:
         print(json.dumps(predictions, indent=2, ensure_ascii=False))
     else:

@@ -7,6 +7,7 @@ where it does not tell its model.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,24 +29,14 @@ def main() -> None:
         usage="%(prog)s RUN_OR_CHECKPOINT [SETTING=VALUE ...] [--record FILE]",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "source",
-        metavar="RUN_OR_CHECKPOINT",
-        help="folder of a run, checkpoint file or folder in any known format, or name of a model with released weights",
-    )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        metavar="FILE",
-        help="JSON file for the result (default: validation.json in the run's folder, or a new file in runs/)",
-    )
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_CHECKPOINT", help="run's folder, checkpoint, or model with released weights")
+    add("--record", type=Path, metavar="FILE", help="JSON file (default: in the run's folder, or else in runs/)")
     options, settings = parser.parse_known_args()
     overrides = parse_overrides(settings)
     opened = open_checkpoint(options.source, **{key: overrides[key] for key in OF_THE_MODEL if key in overrides})
     config = settings_of(opened, overrides)
-    result = validate(
-        opened, config, lambda batches, count: tqdm(batches, total=count, unit="batch", desc=opened.name, disable=None)
-    )
+    result = validate(opened, config, partial(tqdm, unit="batch", desc=opened.name, disable=None))
     if result is None:  # not the main process
         return
     record, skipped = result

@@ -41,8 +41,12 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
     if config.replace_head and trained and class_names and set(trained) != set(class_names):
         model.reset_classifier(num_classes)
     elif order := class_order(trained, class_names, config.checkpoint):
-        for name in classifiers(model):
-            for parameter in model.get_submodule(name).parameters():
+        for layer in map(model.get_submodule, classifiers(model)):
+            if not isinstance(layer, nn.Linear | nn.Conv2d):
+                raise InputError(
+                    f"{config.checkpoint} has the classes in another order, and {config.model} cannot change"
+                )
+            for parameter in layer.parameters():
                 parameter.data = parameter.data[order]
     return model
 

@@ -37,12 +37,12 @@ class InOrder(nn.Module):
 
 
 def validate(
-    opened: Opened, config: Config, progress: Callable[[Iterable, int], Iterable]
+    opened: Opened, config: Config, progress: Callable[..., Iterable]
 ) -> tuple[dict[str, Any], list[Unreadable]] | None:
     """Evaluate a model on the validation split of ``config``, in which it may have its classes in another order.
 
     Args:
-        progress: called with the batches and their number; iterates over the batches.
+        progress: called with the batches and ``total``, their number, as ``tqdm``; iterates over the batches.
 
     Returns:
         The record and the pictures that were skipped; ``None`` in all processes but the main one.
@@ -70,7 +70,7 @@ def validate(
                 normaliser(config, processes.device),
                 autocast(config, processes.device),
                 processes,
-                lambda batches: progress(batches, len(loader)),
+                lambda batches: progress(batches, total=len(loader)),
                 skipped.extend if config.bad_pictures == "skip" else None,
             )
     finally:

@@ -16,13 +16,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m metaformer.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "source", metavar="SOURCE", help="folder of a run, checkpoint file or folder in any known format, or name of a "
-        "model with released weights"
-    )  # fmt: skip
-    parser.add_argument("target", metavar="TARGET", type=Path, help="file to write; for hf and timm-hf a folder")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(TARGETS)}")
-    parser.add_argument("--model", metavar="NAME", help="timm's name of the model, if the checkpoint does not tell it")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="run's folder, checkpoint, or model with released weights")
+    add("target", metavar="TARGET", type=Path, help="file to write; for hf and timm-hf a folder")
+    add("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(TARGETS)}")
+    add("--model", metavar="NAME", help="timm's name of the model, if the checkpoint does not tell it")
     options = parser.parse_args()
     opened = open_checkpoint(options.source, options.model)
     remarks = write(opened, options.to, options.target)
