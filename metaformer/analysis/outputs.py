@@ -21,6 +21,7 @@ from metaformer.analysis.tables import (
     table6,
     table7,
 )
+from metaformer.training.config import settings_table
 from metaformer.variants import ABLATIONS, ablation_config
 
 TABLES = {
@@ -65,6 +66,7 @@ def sections(tables: dict[str, Table], measured: Measured) -> dict[tuple[str, st
         "table3": ("detection/README.md", "coco", coco),
         "table4": ("segmentation/README.md", "ade20k", ade20k),
         "table5": ("classification/README.md", "ablation", ablation),
+        "table6": ("classification/README.md", "settings", lambda measured: settings_table()),
         "speed": ("README.md", "speed", benchmarks),
         "conclusions": ("README.md", "conclusions", verdicts),
         "faults": ("README.md", "faults", lambda measured: markdown(fault_rows(measured))),
