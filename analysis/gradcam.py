@@ -9,8 +9,7 @@ which are fetched: RSB-ResNet-50, DeiT-S, ResMLP-S24 and PoolFormer-S24.
 import argparse
 from pathlib import Path
 
-from metaformer import open_checkpoint
-from metaformer.analysis.gradcam import PAPER, cam_of, draw, read_picture
+from metaformer.analysis.gradcam import PAPER, draw, maps, read_picture
 from metaformer.errors import InputError, run_command
 
 OUT = Path(__file__).with_name("figures") / "gradcam.png"
@@ -38,8 +37,7 @@ def main() -> None:
             raise InputError(f"--weights {given}: give NAME=FILE, NAME one of {', '.join(options.models)}")
         weights[name] = file
     pictures = [read_picture(path) for path in options.pictures]
-    models = {name: open_checkpoint(weights.get(name, name), name).model for name in options.models}
-    figure = draw(pictures, {name: cam_of(name, model, pictures) for name, model in models.items()})
+    figure = draw(pictures, {name: maps(name, weights.get(name, name), options.pictures) for name in options.models})
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(options.out, dpi=150)

@@ -684,6 +684,16 @@ def test_gradcam_is_the_gradient_weighted_sum_of_the_papers_layer(picture, tmp_p
     assert np.abs(overlay.astype(int) - expected).max() <= 2
 
 
+def test_gradcam_shows_a_run_the_pictures_that_it_was_trained_on(run, picture):
+    """TINY's pictures have 32 pixels; at 224 the maps would be those of another network."""
+    folder = run("epochs=1")
+    (overlay,) = gradcam.maps("poolformer_s12", folder, [picture])
+    opened = open_checkpoint(folder)
+    (expected,) = gradcam.cam_of("poolformer_s12", opened.model, [gradcam.read_picture(picture, (32, 32))])
+    assert overlay.shape == (32, 32, 3)
+    assert np.array_equal(overlay, expected)
+
+
 def test_tokens_become_maps_in_reading_order():
     tokens = torch.arange(2 * (1 + 9) * 4).view(2, 10, 4)
     maps = gradcam.tokens_to_map(tokens, prefix=1)

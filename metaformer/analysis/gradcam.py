@@ -14,8 +14,9 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from metaformer import MetaFormer
+from metaformer import MetaFormer, open_checkpoint
 from metaformer.errors import InputError
+from metaformer.mixers import Size
 
 PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
 """The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
@@ -49,18 +50,24 @@ def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:
     return tokens.unflatten(2, (side, side))
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """RGB, 224 x 224 without a crop, from 0 to 1, as in the official script."""
+def read_picture(path: Path, size: Size = (224, 224)) -> np.ndarray:
+    """RGB, resized to height and width without a crop, from 0 to 1; the official script takes 224 x 224."""
     try:
         with Image.open(path) as picture:
             pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"cannot read the picture {path}: {error}") from error
-    return cv2.resize(pixels, (224, 224), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+
+def maps(name: str, source: str | Path, paths: list[Path]) -> list[np.ndarray]:
+    """The maps of a checkpoint of the model ``name``, laid over pictures of the size that it was trained with."""
+    opened = open_checkpoint(source, name)
+    return cam_of(name, opened.model, [read_picture(path, opened.size) for path in paths])
 
 
 def cam_of(name: str, model: nn.Module, pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """The pictures (224, 224, 3) with the model's map laid over each."""
+    """The pictures (H, W, 3) with the model's map laid over each."""
     own = resolve_data_config(model=model)
     mean, std = (torch.tensor(own[key]).view(3, 1, 1) for key in ("mean", "std"))
     layer, reshape = target_layer(name, model)

@@ -27,6 +27,7 @@ def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> di
         "table3": ("detection/README.md", "coco", coco),
         "table4": ("segmentation/README.md", "ade20k", ade20k),
         "table5": ("classification/README.md", "ablation", ablation),
+        "table6": ("classification/README.md", "settings", lambda measured: settings_table()),
         "speed": ("README.md", "speed", speed),
         "conclusions": ("README.md", "conclusions", conclusions),
         "faults": ("README.md", "faults", faults),
@@ -35,7 +36,6 @@ def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> di
     if complete:
         found["README.md", "status"] = status(tables, measured)
         found["analysis/README.md", "summary"] = "\n".join(f"- {table.summary()}" for table in tables.values())
-        found["classification/README.md", "settings"] = settings_table()
     return found
 
 
