@@ -114,7 +114,7 @@ class Trainer:
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         if config.compile:
-            model.compile()
+            model.compile(dynamic=False)  # else the kernels would depend on the sizes seen before
         self.cast = autocast(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
 
