@@ -1,20 +1,21 @@
-"""A model for inference, with what does not depend on the image computed once."""
+"""A copy of a model for inference, in which everything that does not depend on the image is computed once."""
 
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from metaformer import kernels
+from metaformer.block import MetaFormerBlock
 from metaformer.errors import InputError
-from metaformer.fused import add_mlp, channels_last, folded, mix, product_dtype, statistics, without_autocast
-from metaformer.model import MetaFormerBlock
+from metaformer.fused import FusedBlock, fusable, plain_mlp_half, plain_pooling_half
 
 
 class FoldedBlock(nn.Module):
-    """A block of pooling and MLP (see :mod:`metaformer.fused`) for inference: no affine of a norm is left.
+    """A block of pooling and MLP (see :mod:`metaformer.fused`) for inference, without the affine part of its norms.
 
     Args:
-        block: one whose two halves are both fusable.
+        block: one for which :func:`metaformer.fused.fusable` holds.
     """
 
     def __init__(self, block: MetaFormerBlock):
@@ -22,7 +23,7 @@ class FoldedBlock(nn.Module):
         mlp, norm = block.mlp, block.norm2
         like = block.norm1.weight
         weights = (mlp.fc1.weight.flatten(1), mlp.fc1.bias, norm.weight, norm.bias)
-        w1, b1 = (t.to(like.dtype) for t in folded(*(t.detach().double() for t in weights)))
+        w1, b1 = (t.to(like.dtype) for t in kernels.folded(*(t.detach().double() for t in weights)))
         ones = torch.ones_like(like)
         scale1, scale2 = (ones if s is None else s for s in (block.layer_scale1, block.layer_scale2))
 
@@ -34,12 +35,27 @@ class FoldedBlock(nn.Module):
         self.scale = constant(scale2[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the same."""
-        x = channels_last(x.to(torch.promote_types(x.dtype, self.mix.dtype)))
-        dtype = product_dtype(x)
-        with without_autocast(x):
-            x = mix(x, self.mix, statistics(x, self.eps[0])[1].rstd, self.pool_size)
-            return add_mlp(x, self.w1, self.b1, self.w2, self.b2, self.scale, self.eps[1], dtype)
+        """Maps (B, C, H, W) to the same shape."""
+        x = x.to(self.mix.dtype) if kernels.autocasts(x) else x
+        if x.ndim != 4 or x.shape[1] != len(self.mix) or x.dtype != self.mix.dtype:
+            expected = f"(batch, {len(self.mix)}, height, width) and {self.mix.dtype}"
+            raise InputError(f"maps have shape {tuple(x.shape)} and {x.dtype}: expected {expected}")
+        if self.needs_derivatives(x):
+            x = plain_pooling_half(None, self.pool_size, self.eps[0], x, None, None, self.mix)
+            w1, w2 = self.w1[:, :, None, None], self.w2[:, :, None, None]
+            return plain_mlp_half(None, self.eps[1], x, None, None, w1, self.b1, w2, self.b2, self.scale)
+        dtype = kernels.product_dtype(x)
+        with kernels.without_autocast(x):
+            x = kernels.channels_last(x)
+            x = kernels.mix(x, self.mix, kernels.statistics(x, self.eps[0])[1][1], self.pool_size)
+            return kernels.add_mlp(x, self.w1, self.b1, self.w2, self.b2, self.scale, self.eps[1], dtype)
+
+    def needs_derivatives(self, x: Tensor) -> bool:
+        """Whether the output is or may be differentiated, which the operators in :mod:`metaformer.kernels` are not."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or kernels.transformed(x):
+            return True
+        tensors = (x, self.mix, self.w1, self.b1, self.w2, self.b2, self.scale)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def constant(tensor: Tensor) -> nn.Parameter:
@@ -47,19 +63,25 @@ def constant(tensor: Tensor) -> nn.Parameter:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` for inference, its blocks folded; the same function, other names in the state dict.
+    """A copy of ``model`` for inference with folded blocks: the same function, other names in the state dict.
 
-    Blocks that :attr:`MetaFormerBlock.fusable` does not name as a whole stay as they are. The copy is in eval mode,
-    takes no gradient for the folded weights, and can be compiled and exported.
+    Blocks with another mixer, MLP or norm, and blocks whose parts were changed or have hooks, stay as they are. The
+    copy is in eval mode, its parameters do not require gradients, and it can be compiled and exported.
 
     Args:
-        model: a :class:`MetaFormer`, or any module that has one in it, such as a detector.
+        model: a :class:`MetaFormer`, or any module that contains one, such as a detector.
 
     Raises:
-        InputError: it has no block of pooling and MLP with MLN.
+        InputError: no block can be folded, or the model cannot be copied.
     """
-    model = deepcopy(model).eval()
-    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, MetaFormerBlock) and all(m.fusable)]
+    try:
+        model = deepcopy(model).eval()
+    except RuntimeError as error:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied: make pruning or weight norm permanent first, with "
+            "torch.nn.utils.prune.remove or remove_weight_norm"
+        ) from error
+    blocks = [(name, module) for name, module in model.named_modules() if foldable(module)]
     if not blocks:
         raise InputError(
             f"{type(model).__name__} has no block of pooling and a GELU MLP behind MLN, without hooks: there is "
@@ -67,4 +89,10 @@ def fuse(model: nn.Module) -> nn.Module:
         )
     for name, block in blocks:
         model.set_submodule(name, FoldedBlock(block))
-    return model
+    return model.requires_grad_(False)
+
+
+def foldable(module: nn.Module) -> bool:
+    """Whether a module is exactly a block that can be fused, not a subclass of one, and has no hooks itself."""
+    own = type(module) in (MetaFormerBlock, FusedBlock) and "forward" not in vars(module)
+    return own and not (module._forward_hooks or module._forward_pre_hooks) and fusable(module)

@@ -1,6 +1,7 @@
 """Token mixers: modules from (B, C, H, W) to the same shape that move information between positions."""
 
 import torch
+import torch.fx
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,14 +18,19 @@ class Pooling(nn.Module):
     ``pool_size ** 2`` everywhere).
 
     Args:
-        dim: number of channels C; not needed here, but part of every mixer's signature.
+        dim: number of channels C; unused here, but every mixer takes it.
         pool_size: side of the neighbourhood in positions, odd.
         subtract: ``False`` leaves out the subtraction.
         count_border: ``True`` counts positions outside the map as zeros.
+
+    Raises:
+        InputError: ``pool_size`` is even, so that the neighbourhood has no centre.
     """
 
     def __init__(self, dim: int, pool_size: int = 3, subtract: bool = True, count_border: bool = False):
         super().__init__()
+        if pool_size < 1 or pool_size % 2 == 0:
+            raise InputError(f"pool_size is {pool_size}: use an odd number, so that the map keeps its size")
         self.pool = nn.AvgPool2d(pool_size, stride=1, padding=pool_size // 2, count_include_pad=count_border)
         self.subtract = subtract
 
@@ -44,26 +50,26 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class RandomMixing(nn.Module):
-    """``W x`` over the N = H * W positions, W an N x N matrix that is drawn once and stays (section 4.4).
+    """``W x`` over the N = H * W positions with a fixed random N x N matrix W (section 4.4).
 
-    Uniform in [0, 1), then a softmax over each row. The input is not subtracted.
+    W is drawn from [0, 1), followed by a softmax over each row, and is not trained. The input is not subtracted.
 
     Args:
         dim: number of channels C, which share the matrix.
-        size: H and W of the maps.
+        map_size: H and W of the maps.
 
     Raises:
-        InputError: maps of another size.
+        InputError: in the forward pass, for maps of another size.
     """
 
-    def __init__(self, dim: int, size: Size):
+    def __init__(self, dim: int, map_size: Size):
         super().__init__()
-        self.size = tuple(size)
-        positions = size[0] * size[1]
+        self.map_size = tuple(map_size)
+        positions = map_size[0] * map_size[1]
         self.weight = nn.Parameter(torch.rand(positions, positions).softmax(dim=-1), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_size(self, x)
+        check_map_size(x, self.map_size, "RandomMixing")
         return F.linear(positions_last(x), self.weight).view(x.shape)
 
 
@@ -72,21 +78,21 @@ class SpatialFC(nn.Module):
 
     Args:
         dim: number of channels C; the weights do not depend on it.
-        size: H and W of the maps.
+        map_size: H and W of the maps.
 
     Raises:
-        InputError: maps of another size.
+        InputError: in the forward pass, for maps of another size.
     """
 
-    def __init__(self, dim: int, size: Size):
+    def __init__(self, dim: int, map_size: Size):
         super().__init__()
-        self.size = tuple(size)
-        positions = size[0] * size[1]
+        self.map_size = tuple(map_size)
+        positions = map_size[0] * map_size[1]
         self.fc = nn.Linear(positions, positions, bias=False)
         trunc_normal_(self.fc.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_size(self, x)
+        check_map_size(x, self.map_size, "SpatialFC")
         return self.fc(positions_last(x)).view(x.shape)
 
 
@@ -115,25 +121,42 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         qkv = self.qkv(tokens).unflatten(-1, (3, -1, self.head_dim))  # (B, N, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(mixed).transpose(1, 2).reshape(x.shape)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector per position, initially zero, added to the maps (section 4.4): (B, C, H, W) to the same shape.
+
+    Raises:
+        InputError: in the forward pass, for maps of another size than ``map_size``.
+    """
+
+    def __init__(self, dim: int, map_size: Size):
+        super().__init__()
+        self.map_size = tuple(map_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, dim, *map_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map_size(x, self.map_size, "PositionEmbedding")
+        return x + self.pos_embed
 
 
 def positions_last(x: Tensor) -> Tensor:
     """Maps (B, C, H, W) as (B, C, N), contiguous.
 
-    Always a copy: in a compiled graph group norm of channels-last maps is taken to return contiguous ones, so that
-    ``contiguous`` would be left out.
+    This is always a copy. A compiled graph assumes that the group norm of channels-last maps returns contiguous ones,
+    and would remove a call of ``contiguous``.
     """
     return x.clone(memory_format=torch.contiguous_format).flatten(2)
 
 
-def check_size(module: nn.Module, x: Tensor) -> None:
-    """Refuse a map that is not of the size (H, W) that ``module`` was made for."""
-    size = tuple(x.shape[-2:])
-    if size != module.size:
+@torch.fx.wrap
+def check_map_size(x: Tensor, size: Size, module: str) -> None:
+    """Raise an ``InputError`` if maps do not have the size (H, W) that the module was made for."""
+    if x.shape[-2] != size[0] or x.shape[-1] != size[1]:
         raise InputError(
-            f"{type(module).__name__} is made for maps of {module.size[0]} x {module.size[1]} positions and got "
-            f"{size[0]} x {size[1]}: build the model with img_size=(height, width) of its images"
+            f"{module} is made for maps of {size[0]} x {size[1]} positions and got {x.shape[-2]} x {x.shape[-1]}: "
+            "build the model with img_size=(height, width) of its images"
         )

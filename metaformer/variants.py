@@ -1,4 +1,4 @@
-"""The five PoolFormers of Table 1 and the ablations of Table 5, as data, registered with timm.
+"""The registry: the five PoolFormers of Table 1 and the rows of the ablation (Table 5), registered with timm.
 
 timm has classes under the names of the five. Importing this package replaces them in timm's registry, so that
 ``--model poolformer_s12`` never trains another model in silence; ``timm.models.metaformer.poolformer_s12`` still builds
@@ -6,7 +6,7 @@ timm's own.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,102 +15,137 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
+from metaformer.block import ChannelLayerNorm
 from metaformer.errors import InputError, nearest
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
-from metaformer.model import ChannelLayerNorm, MetaFormer
+from metaformer.model import MetaFormer, takes_map_size
 from metaformer.weights import fetch, named_for
 
-RELEASE = "https://github.com/sail-sg/poolformer/releases/download/v1.0"
+RELEASES = "https://github.com/sail-sg/poolformer/releases/download/v1.0"
+SMALL, MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
+S12 = {"depths": (2, 2, 6, 2), "dims": SMALL, "layer_scale_init": 1e-5}
+"""Arguments of :class:`MetaFormer` that make PoolFormer-S12, the baseline of Table 5."""
 
 
 class Variant(NamedTuple):
-    arguments: dict[str, Any]
-    """Of :class:`MetaFormer`."""
+    """A model of the registry. It is also a row of the ablation tables and studies if :attr:`row` is set."""
+
+    label: str
+    """What the tables print: a model's name in Table 1, or the change as Table 5 prints it."""
+    group: str
+    """The table's heading over the row."""
+    changes: dict[str, Any]
+    """Arguments of :class:`MetaFormer` in which the variant differs from PoolFormer-S12."""
+    row: str | None = None
+    """Short name of the row in studies, statements and figures."""
+    paper_row: str | None = None
+    """Id of the row in Table 5 of ``analysis/paper.yaml``; ``None`` if the paper has no such row."""
     crop_pct: float = 0.90
-    """Share of the resized picture that the evaluation crop keeps."""
+    """Fraction of the resized image that the evaluation crop keeps."""
     release: str | None = None
-    """Name of the weights in the official release, if there are any."""
+    """Name of the weights in the official release, if it has them."""
+    global_batch: int | None = None
+    """Batch size of the row's ImageNet recipe, if it is not the 4096 of the other rows (appendix A)."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of :class:`MetaFormer` that make the variant."""
+        return {**S12, **self.changes}
 
 
-SMALL, MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
-
-
-def poolformer(name: str, depth: int, dims: tuple[int, ...], layer_scale_init: float, crop_pct: float) -> Variant:
-    """A row of Table 1: of the blocks, half are in the third stage and a sixth in each other."""
+def poolformer(size: str, depth: int, dims: tuple[int, ...], layer_scale_init: float, crop_pct: float) -> Variant:
+    """A model of Table 1: half of its blocks are in the third stage, a sixth in each of the others."""
     depths = (depth // 6, depth // 6, depth // 2, depth // 6)
-    return Variant({"depths": depths, "dims": dims, "layer_scale_init": layer_scale_init}, crop_pct, name)
+    changes = {"depths": depths, "dims": dims, "layer_scale_init": layer_scale_init}
+    row = {"row": "baseline", "paper_row": "baseline"} if size == "s12" else {}
+    group = "baseline" if row else "PoolFormer"
+    return Variant(f"PoolFormer-{size.upper()}", group, changes, **row, crop_pct=crop_pct, release=f"poolformer_{size}")
+
+
+def by_row(*variants: Variant) -> dict[str, Variant]:
+    return {f"metaformer_s12_{variant.row}": variant for variant in variants}
 
 
 POOLFORMERS = {
-    name: poolformer(name, *row)
-    for name, row in {
-        "poolformer_s12": (12, SMALL, 1e-5, 0.90),
-        "poolformer_s24": (24, SMALL, 1e-5, 0.90),
-        "poolformer_s36": (36, SMALL, 1e-6, 0.90),
-        "poolformer_m36": (36, MEDIUM, 1e-6, 0.95),
-        "poolformer_m48": (48, MEDIUM, 1e-6, 0.95),
+    f"poolformer_{size}": poolformer(size, *settings)
+    for size, settings in {
+        "s12": (12, SMALL, 1e-5, 0.90),
+        "s24": (24, SMALL, 1e-5, 0.90),
+        "s36": (36, SMALL, 1e-6, 0.90),
+        "m36": (36, MEDIUM, 1e-6, 0.95),
+        "m48": (48, MEDIUM, 1e-6, 0.95),
     }.items()
 }
-S12 = POOLFORMERS["poolformer_s12"].arguments
 
-# What each row of Table 5 changes in its baseline, poolformer_s12. LayerScale stays in all of them, since no row of the
-# table is about it. The crops that are not 0.90 are those of the released weights.
-CHANGES = {
-    "identity": Variant({"token_mixers": nn.Identity}, release="metaformer_id_s12"),
-    "random": Variant({"token_mixers": RandomMixing}),
-    "dwconv": Variant({"token_mixers": DepthwiseConv}),
-    "pool5": Variant({"token_mixers": partial(Pooling, pool_size=5)}),
-    "pool7": Variant({"token_mixers": partial(Pooling, pool_size=7)}),
-    "pool9": Variant({"token_mixers": partial(Pooling, pool_size=9)}),
-    "ln": Variant({"norm_layers": ChannelLayerNorm}),
-    "bn": Variant({"norm_layers": nn.BatchNorm2d}),
-    "nonorm": Variant({"norm_layers": nn.Identity}),
-    "relu": Variant({"act_layer": nn.ReLU}),
-    "silu": Variant({"act_layer": nn.SiLU}),
-    "noresidual": Variant({"residual": False}),
-    "nomlp": Variant({"mlp_ratio": None}),
-    "pppa": Variant(
-        {
-            "token_mixers": (Pooling, Pooling, Pooling, Attention),
-            "pos_embeds": (False, False, False, True),
-            "norm_layers": ChannelLayerNorm,
-        },
-        crop_pct=0.95,
-        release="metaformer_pppa_s12_224",
+# Table 5. Every row keeps LayerScale because no row of the table is about it. Crops other than 0.90 are those of the
+# released weights. Appendix A trains the rows with attention with layer norm and a batch of 1024.
+POOL, FC, LN = Pooling, SpatialFC, ChannelLayerNorm
+PPPA = {"token_mixers": (POOL, POOL, POOL, Attention), "norm_layers": LN, "pos_embeds": (False, False, False, True)}
+PPAA = {**PPPA, "token_mixers": (POOL, POOL, Attention, Attention), "pos_embeds": (False, False, True, False)}
+PPPF, PPFF = {"token_mixers": (POOL, POOL, POOL, FC)}, {"token_mixers": (POOL, POOL, FC, FC)}
+MIXER, NORM, ACT, OTHER, HYBRID = "token mixer", "normalization", "activation", "other components", "hybrid stages"
+ABLATIONS = by_row(
+    Variant(
+        "pooling → identity",
+        MIXER,
+        {"token_mixers": nn.Identity},
+        "identity",
+        "mixer_identity",
+        0.90,
+        "metaformer_id_s12",
     ),
-    "ppaa": Variant(
-        {
-            "token_mixers": (Pooling, Pooling, Attention, Attention),
-            "pos_embeds": (False, False, True, False),
-            "norm_layers": ChannelLayerNorm,
-        },
-        crop_pct=0.95,
-        release="metaformer_ppaa_s12_224",
+    Variant("pooling → global random matrix", MIXER, {"token_mixers": RandomMixing}, "random", "mixer_random"),
+    Variant("pooling → depthwise convolution", MIXER, {"token_mixers": DepthwiseConv}, "dwconv", "mixer_dwconv"),
+    Variant("pool size 3 → 5", MIXER, {"token_mixers": partial(Pooling, pool_size=5)}, "pool5", "pool5"),
+    Variant("pool size 3 → 7", MIXER, {"token_mixers": partial(Pooling, pool_size=7)}, "pool7", "pool7"),
+    Variant("pool size 3 → 9", MIXER, {"token_mixers": partial(Pooling, pool_size=9)}, "pool9", "pool9"),
+    Variant("MLN → layer norm over the channels", NORM, {"norm_layers": LN}, "ln", "norm_ln"),
+    Variant("MLN → batch norm", NORM, {"norm_layers": nn.BatchNorm2d}, "bn", "norm_bn"),
+    Variant("MLN → none", NORM, {"norm_layers": nn.Identity}, "nonorm", "norm_none"),
+    Variant("GELU → ReLU", ACT, {"act_layer": nn.ReLU}, "relu", "act_relu"),
+    Variant("GELU → SiLU", ACT, {"act_layer": nn.SiLU}, "silu", "act_silu"),
+    Variant("residual connection → none", OTHER, {"residual": False}, "noresidual", "no_residual"),
+    Variant("channel MLP → none", OTHER, {"mlp_ratio": None}, "nomlp", "no_channel_mlp"),
+    Variant(
+        "[Pool, Pool, Pool, Attention]", HYBRID, PPPA, "pppa", "hybrid_pppa", 0.95, "metaformer_pppa_s12_224", 1024
     ),
-    "pppf": Variant({"token_mixers": (Pooling, Pooling, Pooling, SpatialFC)}, release="metaformer_pppf_s12_224"),
-    "ppff": Variant({"token_mixers": (Pooling, Pooling, SpatialFC, SpatialFC)}, 0.95, "metaformer_ppff_s12_224"),
-}
-ABLATIONS = {
-    f"metaformer_s12_{row}": change._replace(arguments={**S12, **change.arguments}) for row, change in CHANGES.items()
-}
+    Variant(
+        "[Pool, Pool, Attention, Attention]", HYBRID, PPAA, "ppaa", "hybrid_ppaa", 0.95, "metaformer_ppaa_s12_224", 1024
+    ),
+    Variant("[Pool, Pool, Pool, SpatialFC]", HYBRID, PPPF, "pppf", "hybrid_pppf", 0.90, "metaformer_pppf_s12_224"),
+    Variant("[Pool, Pool, SpatialFC, SpatialFC]", HYBRID, PPFF, "ppff", "hybrid_ppff", 0.95, "metaformer_ppff_s12_224"),
+)
 
-# What users ask about the baseline and the table does not answer.
-QUESTIONS = {
-    f"metaformer_s12_{name}": Variant({**S12, **change})
-    for name, change in {
-        "nolayerscale": {"layer_scale_init": None},
-        "unsubtracted": {"token_mixers": partial(Pooling, subtract=False)},
-        "border": {"token_mixers": partial(Pooling, count_border=True)},
-        "timmhead": {"pool_before_norm": True},
-    }.items()
-}
+# Questions about the baseline that the paper's table does not answer.
+QUESTIONS = by_row(
+    Variant("LayerScale → none", OTHER, {"layer_scale_init": None}, "nolayerscale"),
+    Variant("pool(x) - x → pool(x)", MIXER, {"token_mixers": partial(Pooling, subtract=False)}, "unsubtracted"),
+    Variant("border not counted → counted", MIXER, {"token_mixers": partial(Pooling, count_border=True)}, "border"),
+    Variant("norm, average → average, norm (timm)", "head", {"pool_before_norm": True}, "timmhead"),
+)
 
 VARIANTS = {**POOLFORMERS, **ABLATIONS, **QUESTIONS}
+
+ROWS: dict[str, dict[str, Any]] = {
+    **{variant.row: {"model": name} for name, variant in VARIANTS.items() if variant.row},
+    "nodroppath": {"model": "poolformer_s12", "drop_path": 0.0},
+}
+"""All rows of the ablation, each with the settings of ``classification/train.py`` that make it."""
+LABELS = {variant.row: variant.label for variant in VARIANTS.values() if variant.row}
+LABELS["nodroppath"] = "drop path → none"
+"""What the tables print for each row of :data:`ROWS`."""
+
+
+def fixes_input_size(token_mixers: Any = Pooling, pos_embeds: Sequence[bool] = (), **_: Any) -> bool:
+    """Whether a model with these arguments takes images of one size only."""
+    mixers = token_mixers if isinstance(token_mixers, Sequence) else [token_mixers]
+    return any(pos_embeds) or any(takes_map_size(mixer) for mixer in mixers)
+
 
 default_cfgs = generate_default_cfgs(
     {
         f"{name}.sail_in1k" if variant.release else name: {
-            "url": f"{RELEASE}/{variant.release}.pth.tar" if variant.release else "",
+            "url": f"{RELEASES}/{variant.release}.pth.tar" if variant.release else "",
             "num_classes": 1000,
             "input_size": (3, 224, 224),
             "pool_size": (7, 7),
@@ -120,6 +155,7 @@ default_cfgs = generate_default_cfgs(
             "std": IMAGENET_DEFAULT_STD,
             "classifier": "head",
             "first_conv": "stem",
+            "fixed_input_size": fixes_input_size(**variant.arguments),
         }
         for name, variant in VARIANTS.items()
     }
@@ -130,7 +166,24 @@ def variant_arguments(name: str) -> dict[str, Any]:
     """The arguments of :class:`MetaFormer` that make the variant ``name``; ``InputError`` if there is none."""
     if name not in VARIANTS:
         raise InputError(f"there is no variant {name!r}{nearest(name, VARIANTS)}: there are {', '.join(VARIANTS)}")
-    return dict(VARIANTS[name].arguments)
+    return VARIANTS[name].arguments
+
+
+def ablation_config(name: str, top1: float) -> str:
+    """The text of ``configs/ablations/NAME.yaml``: the recipe of a row of Table 5, whose accuracy is ``top1``."""
+    variant = ABLATIONS[name]
+    batch, crop = variant.global_batch, "of the released weights" if variant.release else "script, for S12"
+    lines = [
+        f'# PoolFormer-S12 with the change "{variant.label}": {top1:.1f} % top-1 in the paper (Table 5).',
+        f"#   bash classification/dist_train.sh configs/ablations/{name}.yaml data_dir=/path/to/imagenet",
+        "base: ../classification/imagenet.yaml",
+        f"model: {name}",
+        f"{'drop_path: 0.1':<28}# Table 6",
+        f"{f'crop_pct: {variant.crop_pct:.2f}':<28}# {crop}",
+        *([f"{f'global_batch: {batch}':<28}# appendix A; so the learning rate is 1e-3"] if batch else []),
+        f"expected_top1: {top1:.1f}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def released_file(

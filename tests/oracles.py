@@ -2,6 +2,7 @@
 
 import re
 
+import timm
 import timm.models.metaformer as timm_metaformer
 import torch
 from torch import Tensor, nn
@@ -42,21 +43,36 @@ def renamed(state: dict[str, Tensor], names: list) -> dict[str, Tensor]:
 
 
 def timm_twin(name: str, model: nn.Module) -> nn.Module:
-    twin = getattr(timm_metaformer, name)(num_classes=model.num_classes).to(model.stem.weight.dtype)
-    twin.load_state_dict(renamed(model.state_dict(), TIMM_NAMES))
+    """timm's class with the weights of ``model``, in the same memory."""
+    with torch.device("meta"):
+        twin = getattr(timm_metaformer, name)(num_classes=model.num_classes)
+    twin.load_state_dict(renamed(model.state_dict(), TIMM_NAMES), assign=True)
     return twin.train(model.training)
 
 
 def hf_twin(model: nn.Module) -> nn.Module:
+    """The class of transformers with the weights of ``model``, in the same memory."""
     config = PoolFormerConfig(
         depths=[len(stage.blocks) for stage in model.stages],
         hidden_sizes=[info["num_chs"] for info in model.feature_info],
         num_labels=model.num_classes,
         drop_path_rate=0.0,
     )
-    twin = PoolFormerForImageClassification(config).to(model.stem.weight.dtype)
-    twin.load_state_dict(renamed(model.state_dict(), HF_NAMES))
+    with torch.device("meta"):
+        twin = PoolFormerForImageClassification(config)
+    twin.load_state_dict(renamed(model.state_dict(), HF_NAMES), assign=True)
     return twin.train(model.training)
+
+
+def randomised(name: str, **arguments) -> nn.Module:
+    """A registered model with the weights of :func:`randomise`, without the time that its initialisation takes."""
+    with torch.device("meta"):
+        model = timm.create_model(name, **arguments)
+    model = model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    return randomise(model)
 
 
 @torch.no_grad()

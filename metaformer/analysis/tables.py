@@ -28,7 +28,7 @@ from metaformer.errors import InputError, nearest
 from metaformer.provenance import write_file
 from metaformer.records import Benchmark, Contestant, Faults, Loading, Record, Spread, Timed, Training, read_record
 from metaformer.records.statistics import ROWS, Interval, Results, statements
-from metaformer.variants import POOLFORMERS, VARIANTS
+from metaformer.variants import LABELS, POOLFORMERS, VARIANTS
 
 FORMATS = ("md", "csv", "tex")
 TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\varepsilon$"}  # noqa: RUF001
@@ -671,7 +671,7 @@ def study_row(name: str, row: str, results: Results) -> Row:
     return {
         "study": name,
         "row": row,
-        "variant": printed["variant"] if printed else OWN_ROWS[row],
+        "variant": printed["variant"] if printed else LABELS[row],
         "top-1 in the paper, %": str(printed["top1"]) if printed else NOTHING,
         "difference in the paper": NOTHING
         if not printed or row == "baseline"
@@ -680,16 +680,6 @@ def study_row(name: str, row: str, results: Results) -> Row:
         TOP1: shown,
         "difference in the study": str(difference) if difference else NOTHING,
     }
-
-
-OWN_ROWS = {
-    "nolayerscale": "LayerScale → none",
-    "unsubtracted": "pool(x) - x → pool(x)",
-    "border": "border not counted → counted",
-    "timmhead": "norm, average → average, norm (timm)",
-    "nodroppath": "drop path → none",
-}
-"""Rows of ablate.py that are not in the paper's table."""
 
 
 def study_notes(name: str, results: Results) -> Iterator[str]:

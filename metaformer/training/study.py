@@ -24,7 +24,7 @@ from metaformer.training import yaml12
 from metaformer.training.config import Count, Positive, check, check_key, read_yaml_mapping
 from metaformer.training.data import load_data
 from metaformer.training.distributed import StopSignal
-from metaformer.variants import ABLATIONS, QUESTIONS
+from metaformer.variants import ROWS
 
 STUDIES = Path(__file__).resolve().parents[2] / "configs" / "studies"
 TRAIN = Path(__file__).resolve().parents[2] / "classification" / "train.py"
@@ -34,15 +34,6 @@ PAUSE = 1.0
 """Seconds between two looks at the runs."""
 CORES_PER_RUN = 4
 """On a machine with GPUs, for the run's process and its loader."""
-PREFIX = "metaformer_s12_"
-
-Settings = dict[str, Any]
-ROWS: dict[str, Settings] = {
-    "baseline": {"model": "poolformer_s12"},
-    **{name.removeprefix(PREFIX): {"model": name} for name in [*ABLATIONS, *QUESTIONS]},
-    "nodroppath": {"model": "poolformer_s12", "drop_path": 0.0},
-}
-"""The rows of Table 5, then what users ask besides; each with the settings in which it differs from the others."""
 
 
 class Task(BaseModel):
@@ -65,7 +56,7 @@ class Study(BaseModel):
     data: Task
     rows: Annotated[list[str], Field(min_length=1)] = list(ROWS)
     seeds: Annotated[list[Count], Field(min_length=1)] = [0, 1, 2]
-    recipe: Settings
+    recipe: dict[str, Any]
 
 
 class Run(NamedTuple):

@@ -1,0 +1,146 @@
+"""The operations of the fused and folded forms of a block (see :mod:`metaformer.fused`).
+
+Shapes: B images, C channels, H x W positions, K output channels; maps are (B, C, H, W) and channels-last.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+Statistics = tuple[Tensor, Tensor]
+"""Mean and 1 / standard deviation of each sample, (B, 1) each."""
+
+
+def mix(x: Tensor, factor: Tensor, rstd: Tensor, pool_size: int) -> Tensor:
+    """Interpolate from x to pool(x) by ``factor * rstd``."""
+    pooled = F.avg_pool2d(x, pool_size, stride=1, padding=pool_size // 2, count_include_pad=False)
+    return torch.lerp(x, pooled, (factor * rstd[:, :, None, None]).to(x.dtype))
+
+
+def add_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, factor: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """``x + factor * (W2 gelu(W1 n + b1) + b2)``, n being the normalised x; products in ``dtype``."""
+    hidden = pointwise(statistics(x, eps)[0].to(dtype), w1.to(dtype), b1.to(dtype), gelu=True)
+    return add(x, factor, pointwise(hidden, w2.to(dtype), b2.to(dtype)))
+
+
+def statistics(x: Tensor, eps: float) -> tuple[Tensor, Statistics]:
+    """Normalise each sample over channels and positions (appendix D); return also the statistics used."""
+    matrix = samples(x)
+    normalised, mean, rstd = torch.native_layer_norm(matrix, matrix.shape[1:], None, None, eps)
+    return maps_of_samples(normalised, x), (mean, rstd)
+
+
+def statistics_backward(grad: Tensor, x: Tensor, found: Statistics) -> Tensor:
+    """The gradient of x from that of the normalised x."""
+    matrix, mask = samples(x), [True, False, False]
+    backward = torch.ops.aten.native_layer_norm_backward
+    d_x, _, _ = backward(samples(grad), matrix, matrix.shape[1:], *found, None, None, mask)
+    return maps_of_samples(d_x, x).to(x.dtype)
+
+
+def normalise(x: Tensor, found: Statistics) -> Tensor:
+    return maps_of_samples((samples(x) - found[0]) * found[1], x)
+
+
+def of_convolution(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient (K, C) of a weight (K, C, 1, 1), with the weight's strides, as DistributedDataParallel wants it."""
+    return grad.as_strided(weight.shape, (*grad.stride(), *weight.stride()[2:]))
+
+
+def folded(w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (K, C) and bias (K,) of the first convolution after a norm without affine."""
+    return w1 * gamma, torch.addmv(b1, w1, beta)
+
+
+def factor(*factors: Tensor | None) -> Tensor | None:
+    """The product of factors per channel (C,) or per sample (B, 1, 1, 1), to multiply maps with."""
+    product = None
+    for one in factors:
+        if one is not None:
+            one = one[:, None, None] if one.ndim == 1 else one
+            product = one if product is None else product * one
+    return product
+
+
+def add(x: Tensor, factor: Tensor | None, branch: Tensor) -> Tensor:
+    branch = branch.to(x.dtype)
+    return x + branch if factor is None else torch.addcmul(x, factor.to(x.dtype), branch)
+
+
+def pool_transposed(grad: Tensor, size: int) -> Tensor:
+    """The transpose of the pooling: divide by the number of positions that were counted, then sum."""
+    ones = grad.new_ones(1, 1, *grad.shape[2:])
+    counted = F.avg_pool2d(ones, size, stride=1, padding=size // 2, divisor_override=1)
+    return F.avg_pool2d(grad / counted, size, stride=1, padding=size // 2, divisor_override=1)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """A 1x1 convolution of maps (B, C, H, W) with a weight (K, C), and GELU.
+
+    On a CPU oneDNN is faster in float32 than the BLAS behind ``F.linear`` and applies GELU as it writes. Inductor
+    reaches oneDNN through a convolution.
+    """
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and torch.compiler.is_compiling():
+        product = F.conv2d(x, weight[:, :, None, None], bias)
+    elif on_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        epilogue = ("gelu", [], "none") if gelu else ("none", [], "")
+        return maps(torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, *epilogue), x)
+    else:
+        product = maps(F.linear(rows(x), weight, bias), x)
+    return F.gelu(product) if gelu else product
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Maps (B, C, H, W) as a matrix (B * H * W, C); channels-last maps are not copied."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def samples(x: Tensor) -> Tensor:
+    """Maps (B, C, H, W) as a matrix (B, H * W * C), in float32 at least."""
+    return x.permute(0, 2, 3, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def maps(matrix: Tensor, like: Tensor) -> Tensor:
+    """A matrix (B * H * W, K) as maps (B, K, H, W), with B, H and W of ``like``."""
+    batch, _, height, width = like.shape
+    return matrix.view(batch, height, width, matrix.shape[1]).permute(0, 3, 1, 2)
+
+
+def maps_of_samples(matrix: Tensor, like: Tensor) -> Tensor:
+    """A matrix (B, H * W * C) as maps of the shape of ``like``."""
+    batch, channels, height, width = like.shape
+    return matrix.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Disable autocast, which would compute sums in half precision; the fused form chooses each operator's dtype."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
+def autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether vmap, another torch.func transform or forward-mode AD is active, which custom functions do not support.
+
+    PyTorch has no public function for this; these are the ones that ``torch.autograd`` itself uses.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x)
