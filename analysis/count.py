@@ -1,7 +1,54 @@
-"""Parameters and multiply-accumulates (MACs) of a model, by operator and by part."""
+"""Counts parameters and multiply-accumulates (MACs) of a model, by operator and by part.
 
-from metaformer.analysis.count import main
-from metaformer.errors import run_command
+python analysis/count.py MODEL [--size SIDE | --size HEIGHT WIDTH] [--json]
+"""
+
+import argparse
+import json
+from typing import Any
+
+from metaformer.analysis.count import count
+from metaformer.errors import InputError, run_command
+
+
+def report(name: str, counted: dict[str, Any]) -> str:
+    macs = sum(counted["macs"].values())
+    height, width = counted["size"]
+    frozen = f" + {counted['frozen']:,} frozen" if counted["frozen"] else ""
+    lines = [
+        f"{name} at {height} x {width}",
+        f"  parameters  {counted['learnable']:>15,}{frozen}",
+        f"  MACs        {macs:>15,}  ({macs / 1e9:.2f} G)",
+        "",
+        f"  {'operator':<28} {'MACs':>15}",
+        *(f"  {operator:<28} {number:>15,}" for operator, number in counted["macs"].items()),
+        "",
+        f"  {'part':<28} {'MACs':>15} {'parameters':>13}",
+        *(f"  {part:<28} {of['macs']:>15,} {of['parameters']:>13,}" for part, of in counted["parts"].items()),
+        "",
+        "  not counted: " + (", ".join(f"{op} x {times}" for op, times in counted["uncounted"].items()) or "nothing"),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="any name that timm knows, or a config file of mmdet or mmseg")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side, or height and width, of the image (default: the model's own; 800 1280 for mmdet, 512 for mmseg)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    options = parser.parse_args()
+    size = options.size
+    if size and (len(size) > 2 or min(size) < 1):
+        raise InputError(f"--size {' '.join(map(str, size))}: give one side or height and width, in pixels")
+    counted = count(options.model, (size[0], size[-1]) if size else None)
+    print(json.dumps(counted, indent=2) if options.json else report(options.model, counted))
+
 
 if __name__ == "__main__":
     run_command(main)

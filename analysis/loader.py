@@ -1,7 +1,81 @@
-"""Images per second of the training loader, of JPEG decoders alone and behind it, and where a picture's time goes."""
+"""Measures images per second of the training loader, and where the time of a picture goes.
 
-from metaformer.analysis.loader import main
-from metaformer.errors import run_command
+    python analysis/loader.py --data-dir FOLDER [--config FILE] [--workers N] [--images N] [--rounds N]
+        [--consume IMAGES_PER_S] [--record FILE]
+
+The loader is the one that classification/train.py builds for the config. Normalisation, random erasing, Mixup and
+CutMix are not part of it: training applies them to whole batches on the device. The pictures are the same in all rounds
+and come from the system's file cache, so that the speed of a disk or network must be measured separately.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaformer.analysis.loader import measure
+from metaformer.errors import InputError, run_command
+from metaformer.provenance import provenance, write_json
+from metaformer.training.config import CONFIGS, load_config
+from metaformer.training.distributed import join
+
+
+def report(record: dict[str, Any]) -> str:
+    data, pillow = record["data"], record["decoders"]["pillow"]
+    total = sum(spent["median"] for spent in record["split_ms"].values())
+    lines = [
+        f"{record['images']} pictures of {data['mean_width']:.0f} x {data['mean_height']:.0f} pixels and "
+        f"{data['mean_bytes'] / 1000:.0f} kB on average, to {record['settings']['img_size']} px; "
+        f"--workers {record['workers']} on {record['hardware']['cores']} cores ({record['hardware']['cpu']}); "
+        f"median of {record['rounds']} rounds (min to max)",
+        f"  loader, images/s per worker  {in_words(pillow['loader_images_per_s_per_worker'], '.0f')}",
+        f"  decoding alone, images/s     {in_words(pillow['decode_images_per_s'], '.0f')}",
+    ]
+    if record["consume_images_per_s"]:
+        lines.append(f"  workers for {record['consume_images_per_s']:,g} images/s: {pillow['workers_needed']:,}")
+    lines += ["", f"  {'ms per picture':<16} {'in one process':>22} {'share':>7}"]
+    for step, spent in record["split_ms"].items():
+        lines.append(f"  {step:<16} {in_words(spent, '.2f'):>22} {spent['median'] / total:>7.0%}")
+    return "\n".join(lines)
+
+
+def in_words(spread: dict[str, float], digits: str) -> str:
+    median, low, high = (format(spread[key], digits) for key in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-dir", required=True, metavar="FOLDER", help="folder with train/CLASS/PICTURE")
+    add("--config", default=str(CONFIGS / "poolformer_s12.yaml"), help="of classification/ (default: %(default)s)")
+    add("--workers", type=int, default=1, metavar="N", help="loader processes (default: %(default)s)")
+    add("--images", type=int, default=500, metavar="N", help="pictures in a round, at most (default: %(default)s)")
+    add("--rounds", type=int, default=5, metavar="N", help="rounds, of which medians are taken (default: %(default)s)")
+    add(
+        "--consume",
+        type=float,
+        metavar="IMAGES_PER_S",
+        help="images/s that the devices of a node train; prints the number of workers that deliver as many",
+    )
+    add("--record", type=Path, metavar="FILE", help="write a JSON record to this file")
+    options = parser.parse_args()
+    for name in ("workers", "images", "rounds"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}: give 1 or more")
+    consume = options.consume
+    if consume is not None and not 0 < consume < math.inf:
+        raise InputError(f"--consume is {consume:g}: give the images per second that the devices take, above 0")
+    folder = {"dataset": "", "data_dir": options.data_dir, "dataset_args": {}, "num_classes": None}
+    config = load_config([options.config]).model_copy(update=folder)
+    torch.set_num_threads(1)  # as in a process of the loader
+    record = {**measure(config, join(), options.workers, options.images, options.rounds, consume), **provenance()}
+    if options.record:
+        write_json(options.record, record)
+    print(report(record))
+
 
 if __name__ == "__main__":
     run_command(main)

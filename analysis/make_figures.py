@@ -1,7 +1,45 @@
-"""The paper's figures from its tables, and training curves."""
+"""Draws the paper's figures from its tables, and training curves, as PNG and SVG.
 
-from metaformer.analysis.figures import main
-from metaformer.errors import run_command
+python analysis/make_figures.py [FIGURE...] [--runs FOLDER...] [--out FOLDER]
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+
+from metaformer.analysis.figures import FIGURES, STYLE, curves, save
+from metaformer.errors import InputError, nearest, run_command
+
+OUT = Path(__file__).with_name("figures")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(FIGURES)
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {names} and curves (default: {names})")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="runs whose curves are drawn: run folders of classification/, or work dirs of mmdet or mmseg",
+    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="default: analysis/figures")
+    options = parser.parse_args()
+    known = [*FIGURES, "curves"]
+    for figure in options.figures:
+        if figure not in known:
+            raise InputError(f"there is no figure {figure!r}{nearest(figure, known)}: there are {', '.join(known)}")
+    wanted = options.figures or (["curves"] if options.runs else list(FIGURES))
+    if ("curves" in wanted) != bool(options.runs):
+        raise InputError("curves and --runs FOLDER... go together: which runs to draw")
+    with mpl.rc_context(STYLE):
+        for name in wanted:
+            figure = curves(options.runs) if name == "curves" else FIGURES[name]()
+            print(*save(figure, name, options.out), sep="\n")
+
 
 if __name__ == "__main__":
     run_command(main)

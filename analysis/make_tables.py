@@ -1,7 +1,62 @@
-"""The paper's tables: what is printed, beside what is counted and what was measured here."""
+"""Writes the paper's tables: what is printed, beside what is counted and what was measured here.
 
-from metaformer.analysis.tables import main
-from metaformer.errors import run_command
+    python analysis/make_tables.py [TABLE...] [--format md,csv,tex] [--check]
+
+The tables go to analysis/tables/ and to the marked sections of the README files; a line is printed for each. table5
+also writes its recipes in configs/ablations/.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from metaformer.analysis.count import cached_count
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.outputs import TABLES, builds_of, outputs
+from metaformer.analysis.paper import ROOT
+from metaformer.analysis.render import FORMATS
+from metaformer.errors import InputError, nearest, run_command
+from metaformer.provenance import write_file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"any of {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--format", default=",".join(FORMATS), help="formats, with commas (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything would change")
+    options = parser.parse_args()
+    formats = options.format.split(",")
+    for kind, given, known in (("table", options.tables, TABLES), ("format", formats, FORMATS)):
+        for name in given:
+            if name not in known:
+                raise InputError(f"there is no {kind} {name!r}{nearest(name, known)}: there are {', '.join(known)}")
+    names = options.tables or list(TABLES)
+    for build in tqdm(builds_of(names), desc="counting", unit="model", disable=None):
+        cached_count(build)
+    measured = Measured(ROOT / "analysis/results")
+    tables = {name: TABLES[name](measured) for name in names}
+    files = outputs(tables, formats, measured)
+    changed = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if not options.check:
+        write(changed, files)
+    for table in tables.values():
+        print(table.summary())
+    for problem in measured.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if options.check and changed:
+        stale = ", ".join(str(path.relative_to(ROOT)) for path in changed)
+        print(f"error: out of date: {stale}; run python analysis/make_tables.py", file=sys.stderr)
+        return 1
+    return 2 if measured.problems else 0
+
+
+def write(paths: list[Path], files: dict[Path, str]) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda file, text=files[path]: file.write(text.encode()))
+
 
 if __name__ == "__main__":
     run_command(main)

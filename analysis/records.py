@@ -1,7 +1,31 @@
-"""Result records: what runs, benchmarks, studies, campaigns of faults and the toolboxes measured, checked."""
+"""Takes the records of runs into analysis/results/, where the tables find them, after checking every field.
+
+    python analysis/records.py RECORD_OR_FOLDER...
+
+All of them are taken, or none. Absolute paths in the records are cut to their last part.
+"""
+
+import argparse
+from pathlib import Path
 
 from metaformer.errors import run_command
-from metaformer.records import main
+from metaformer.records import import_records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="RECORD_OR_FOLDER",
+        help="a record file (of benchmark.py, loader.py, validate.py); a run folder of classification/ (run.json and "
+        "validation.json); an output folder of ablate.sh (run.json of every finished run); or a work dir of mmdet or "
+        "mmseg (result.json and training.json beside the logs)",
+    )
+    for target in import_records(parser.parse_args().sources):
+        print(target)
+
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,4 +1,4 @@
-"""Boxes and masks drawn into pictures: python detection/predict.py CONFIG CHECKPOINT PICTURE... [--out FOLDER]"""
+"""Draw boxes and masks into pictures: python detection/predict.py CONFIG CHECKPOINT PICTURE... [--out FOLDER]"""
 
 from mmdet.apis import inference_detector
 
@@ -6,4 +6,5 @@ from metaformer.errors import run_command
 from metaformer.mm.predict import predict
 
 if __name__ == "__main__":
-    run_command(lambda: predict(inference_detector, drawing={"pred_score_thr": 0.3}))
+    description = "Draw the boxes and masks that a detector finds with a score above 0.3 into pictures."
+    run_command(lambda: predict(description, inference_detector, pred_score_thr=0.3))

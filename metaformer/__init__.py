@@ -7,7 +7,8 @@ from metaformer.formats import convert
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MetaFormer
 from metaformer.variants import ABLATIONS, POOLFORMERS, QUESTIONS, VARIANTS
-from metaformer.weights import load_weights
+from metaformer.version import __version__
+from metaformer.weights import Opened, load_weights, open_checkpoint
 
 __all__ = [
     "ABLATIONS",
@@ -22,10 +23,13 @@ __all__ = [
     "InputError",
     "MetaFormer",
     "MetaFormerBlock",
+    "Opened",
     "Pooling",
     "RandomMixing",
     "SpatialFC",
+    "__version__",
     "convert",
     "fuse",
     "load_weights",
+    "open_checkpoint",
 ]

@@ -1,4 +1,8 @@
-"""Wrong input ends in one clear sentence and exit status 2, a machine that fails in one and 1: never in a traceback."""
+"""Error classes for invalid input and machine failures, and the exit status of commands.
+
+Invalid input prints a one-line error and exits with status 2; machine failures do the same with status 1. All other
+exceptions print a traceback and exit with status 1.
+"""
 
 import os
 import signal
@@ -10,31 +14,35 @@ from types import TracebackType
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one sentence that names it and the mend."""
+    """Invalid input from the user. The message is one sentence that names the input and the remedy."""
 
 
 class MachineError(RuntimeError):
-    """The machine has failed, whatever the input. The message is one sentence that says what was lost and the mend."""
+    """A failure of the machine with valid input. The message is one sentence that names the loss and the remedy."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the known name most like ``name``, or an empty string."""
+    """Returns ``" (did you mean 'x'?)"`` for the entry of ``known`` closest to ``name``, or an empty string."""
     match = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit with its status; an ``InputError`` prints its sentence and exits with 2.
+    """Runs the ``main`` function of a command and exits with the status that it returns.
 
-    A ``MachineError`` does so with 1, as anything else does with a traceback.
-
-    ``METAFORMER_TRACEBACK=1`` shows the traceback as well. Under torchrun the failure goes to its error file, so that
-    the launcher can report the first failure of many workers once.
+    An :class:`InputError` exits with status 2 and a :class:`MachineError` with status 1; both print their message only,
+    unless ``METAFORMER_TRACEBACK=1`` is set. Under torchrun the error is written to torchrun's error file instead, so
+    that the launcher reports the first failure of many workers once.
     """
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        sys.stdout.flush()  # raises BrokenPipeError here and not at the interpreter's exit
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             report_to_torchrun(error)
@@ -46,23 +54,23 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def exit_on_input_error() -> None:
-    """As :func:`run_command`, where the ``main`` is not ours: an uncaught ``InputError`` prints its sentence."""
+    """Installs :func:`run_command`'s treatment of an uncaught ``InputError`` in programs that are not ours."""
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        wrong_input = isinstance(error, InputError)
-        if wrong_input and not os.environ.get("METAFORMER_TRACEBACK"):
+        invalid_input = isinstance(error, InputError)
+        if invalid_input and not os.environ.get("METAFORMER_TRACEBACK"):
             print(f"error: {as_raised(error)}", file=sys.stderr)
         else:
             previous(kind, error, trace)
-        if wrong_input:
+        if invalid_input:
             sys.exit(2)
 
     sys.excepthook = hook
 
 
 def as_raised(error: InputError) -> str:
-    """The sentence itself: registries raise their own around it, loaders put their worker's traceback before it."""
+    """Returns the original message; registries wrap it in their own, and data loaders put a traceback before it."""
     while isinstance(inner := error.__cause__ or error.__context__, InputError):
         error = inner
     return str(error).rpartition("InputError: ")[2].strip()

@@ -1,15 +1,6 @@
-"""The most likely classes of pictures, by a run or a checkpoint.
+"""The most likely classes of pictures."""
 
-python classification/predict.py IMAGE_OR_FOLDER... [--checkpoint RUN_OR_FILE] [--model NAME] [--top 5] [--json | --csv]
-
-Folders are searched for pictures, with the folders below them. Without --checkpoint the released weights of --model are
-fetched. Pictures that cannot be read are named and passed over, and the exit status is 1 then.
-"""
-
-import argparse
-import csv
-import json
-import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +9,21 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 from timm.data.loader import fast_collate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from metaformer.errors import InputError
-from metaformer.training.config import Config, check
+from metaformer.training.config import Config
 from metaformer.training.data import Unreadable, printable, to_rgb, transform
 from metaformer.training.distributed import join
-from metaformer.training.model import autocast, build_model, normaliser, with_input_of
-from metaformer.weights import load_state, read_checkpoint, weights_of
+from metaformer.training.model import autocast, normaliser, settings_of
+from metaformer.weights import Opened
 
 Prediction = dict[str, Any]
 
 
 class Pictures(Dataset):
-    """Index to (index, uint8 array (3, H, W)), upright as the camera says."""
+    """Index to (index, uint8 array (3, H, W)), turned upright as the picture's EXIF data says."""
 
     def __init__(self, paths: list[Path], config: Config):
         self.paths, self.transform = paths, transform(config, is_training=False)
@@ -56,13 +46,17 @@ def collate(samples: list) -> tuple[list[int], Tensor | None, list[Unreadable]]:
 
 
 def find_pictures(given: list[Path]) -> list[Path]:
-    """Files as they are; of folders the files whose names end as pictures' do, in order."""
+    """The given files, and the files in and below the given folders whose suffix is one of a picture, in order.
+
+    Raises:
+        InputError: there is no such file, or no picture in a folder.
+    """
     Image.init()
-    endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
     found = []
     for path in given:
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in endings and file.is_file()]
+            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
             if not inside:
                 raise InputError(f"there are no pictures in {path}")
             found += inside
@@ -73,56 +67,26 @@ def find_pictures(given: list[Path]) -> list[Path]:
     return found
 
 
-def load(checkpoint: str | None, name: str | None) -> tuple[Config, nn.Module, list[str]]:
-    """The settings, the model with its weights, and the names of its classes."""
-    if checkpoint is None:
-        if name is None:
-            raise InputError("give --checkpoint RUN_OR_FILE, or --model NAME for its released weights")
-        config = check({"model": name, "pretrained": True}, source="the command line")
-        model, classes = build_model(config, 1000), None
-    else:
-        path = Path(checkpoint)
-        path = path / "best.pt" if (path / "best.pt").is_file() else path
-        content = read_checkpoint(path)
-        settings = {**content.get("config", {}), **({"model": name} if name else {})}
-        if "model" not in settings:
-            raise InputError(f"{path} does not say what model it is of: give --model poolformer_s12 or another")
-        start = {"pretrained": False, "checkpoint": None, "replace_head": False}
-        config = check({**settings, **start}, source=str(path))
-        weights = weights_of(content, ema=config.ema_decay > 0)
-        classes = content.get("class_names")
-        model = build_model(config, len(classes) if classes else classifier_size(weights, path))
-        load_state(model, weights, str(path))
-    return with_input_of(config, model), model.eval(), classes or names_of(model.num_classes)
-
-
-def classifier_size(weights: dict[str, Tensor], path: Path) -> int:
-    """Classes of a classifier by the last matrix of its weights, where every format has it."""
-    matrices = [tensor for tensor in weights.values() if isinstance(tensor, Tensor) and tensor.ndim == 2]
-    if not matrices:
-        raise InputError(f"{path} has no classifier")
-    return len(matrices[-1])
-
-
-def names_of(classes: int) -> list[str]:
-    if classes != 1000:
-        return [str(i) for i in range(classes)]
-    imagenet = ImageNetInfo()
-    return [imagenet.index_to_description(i) for i in range(classes)]
+def names_of(opened: Opened) -> list[str]:
+    """The names of the classes; ImageNet's for 1,000 classes without names, and otherwise numbers."""
+    classes = opened.model.num_classes
+    if opened.class_names:
+        return opened.class_names
+    return ImageNetInfo().label_descriptions() if classes == 1000 else [str(i) for i in range(classes)]
 
 
 @torch.inference_mode()
 def predict(
-    config: Config, model: nn.Module, names: list[str], paths: list[Path], top: int = 5, batch: int = 32
+    opened: Opened, paths: list[Path], top: int = 5, batch: int = 32, progress: Callable[[Iterable], Iterable] = iter
 ) -> tuple[list[Prediction], list[Unreadable]]:
-    """For each picture that can be read its ``top`` classes with probabilities, and those that cannot."""
-    processes = join()
+    """The ``top`` classes with their probabilities for each picture that can be read, and the other pictures."""
+    processes, config, names = join(), settings_of(opened), names_of(opened)
     workers = min(processes.default_workers(), len(paths) // batch)
     loader = DataLoader(Pictures(paths, config), batch, num_workers=workers, collate_fn=collate)
-    model.to(processes.device)
+    model = opened.model.to(processes.device)
     normalise = normaliser(config, processes.device)
     predictions, unreadable = [], []
-    for indices, images, failed in tqdm(loader, unit="batch", desc=config.model, disable=None):
+    for indices, images, failed in progress(loader):
         unreadable += failed
         if images is None:
             continue
@@ -133,41 +97,3 @@ def predict(
             best = [{"class": names[i], "index": i, "probability": p} for i, p in zip(labels, shares, strict=True)]
             predictions.append({"file": str(paths[index]), "classes": best})
     return predictions, unreadable
-
-
-def show(predictions: list[Prediction], kind: str) -> None:
-    if kind == "json":
-        print(json.dumps(predictions, indent=2, ensure_ascii=False))
-        return
-    if kind == "csv":
-        table = csv.writer(sys.stdout)
-        table.writerow(["file", "rank", "class", "index", "probability"])
-        for prediction in predictions:
-            for rank, best in enumerate(prediction["classes"], 1):
-                table.writerow([prediction["file"], rank, best["class"], best["index"], f"{best['probability']:.6f}"])
-        return
-    for prediction in predictions:
-        print(prediction["file"])
-        for best in prediction["classes"]:
-            print(f"  {100 * best['probability']:6.2f} %  {best['class']}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--checkpoint", metavar="RUN_OR_FILE", help="a run's folder, or weights in any known format")
-    parser.add_argument("--model", metavar="NAME", help="what the weights are of, where the checkpoint does not say")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes for each picture (default: 5)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_const", dest="kind", const="json")
-    output.add_argument("--csv", action="store_const", dest="kind", const="csv")
-    options = parser.parse_args(arguments)
-    if min(options.top, options.batch) < 1:
-        raise InputError("--top and --batch are at least 1")
-    paths = find_pictures(options.pictures)
-    predictions, unreadable = predict(*load(options.checkpoint, options.model), paths, options.top, options.batch)
-    show(predictions, options.kind or "text")
-    for name, reason in unreadable:
-        print(f"cannot read {name}: {reason}", file=sys.stderr)
-    return 1 if unreadable else 0

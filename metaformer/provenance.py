@@ -1,4 +1,4 @@
-"""Where a result comes from: command, commit, versions, hardware, date."""
+"""The provenance of a result (command, commit, versions, hardware, date), and files that are written whole."""
 
 import hashlib
 import json
@@ -25,9 +25,9 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Command, commit (with whether files differ from it), versions, hardware and time of start, ready for JSON."""
+    """Returns command, commit (and whether files differ from it), versions, hardware and the current time, for JSON."""
     return {
-        # The launcher knows what was typed; the processes it starts see another command line.
+        # The launcher sets this variable, because the processes that it starts have another command line.
         "command": os.environ.get("METAFORMER_COMMAND") or shlex.join(["python", *sys.argv]),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
@@ -47,7 +47,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Processor cores that this process may use; where the system does not tell (macOS), all there are."""
+    """Returns how many processor cores this process may use, or how many there are where that is unknown (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -76,7 +76,7 @@ def sha256(path: Path) -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout; None outside one, or without git."""
+    """Returns the output of a git command in this checkout, or ``None`` outside a checkout or without git."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
@@ -88,7 +88,7 @@ def git(*arguments: str) -> str | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises InputError, which names ``path``, for what the system has against writing it."""
+    """Turns an ``OSError`` in the block into an ``InputError`` that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -96,13 +96,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
-    """Have ``write`` fill a file beside ``path``, then rename it: who reads ``path`` finds all of the old or the new.
+    """Writes a file whole: ``write`` fills a temporary file beside ``path``, which is then renamed.
+
+    A reader of ``path`` finds either all of the old content or all of the new.
 
     Args:
-        previous: name that the old file keeps. Stopped between the two renamings, there is no ``path``, but this one.
+        previous: path that the old file is renamed to. A process that is killed between the two renamings leaves no
+            ``path``, but leaves this file.
 
     Raises:
-        InputError: it cannot be written; the old file is still there.
+        InputError: the file cannot be written. The old file is unchanged then.
     """
     beside = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -115,7 +118,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], previous: Path |
             if beside.exists():
                 beside.unlink()
             if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-                raise error.__context__ from None  # torch.save has an error of its own after that of a full disk
+                raise error.__context__ from None  # torch.save raises an error of its own after that of a full disk
             raise
         if previous and path.exists():
             path.replace(previous)

@@ -1,4 +1,4 @@
-"""Classes drawn over pictures: python segmentation/predict.py CONFIG CHECKPOINT PICTURE... [--out FOLDER]"""
+"""Draw the class of each pixel: python segmentation/predict.py CONFIG CHECKPOINT PICTURE... [--out FOLDER]"""
 
 from mmseg.apis import inference_model
 
@@ -6,4 +6,4 @@ from metaformer.errors import run_command
 from metaformer.mm.predict import predict
 
 if __name__ == "__main__":
-    run_command(lambda: predict(inference_model, drawing={"with_labels": True}))
+    run_command(lambda: predict("Draw the class of each pixel over pictures.", inference_model, with_labels=True))

@@ -1,12 +1,16 @@
 """The same model elsewhere: timm's and transformers' PoolFormer, and the official release's names, filled from ours."""
 
 import re
+from pathlib import Path
 
 import timm
 import timm.models.metaformer as timm_metaformer
 import torch
 from torch import Tensor, nn
 from transformers import PoolFormerConfig, PoolFormerForImageClassification
+
+from metaformer.training.config import Config
+from metaformer.training.model import build_model, with_input_of
 
 TIMM_NAMES = [
     (r"^stem\.", "stem.conv."),
@@ -92,3 +96,26 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).norm() / reference.norm()).item()
+
+
+SMALL = {"depths": [1, 1, 2, 1], "dims": [8, 12, 16, 24]}
+
+
+def save_run(folder: Path, name: str = "poolformer_s12", classes: str | list[str] = "abc", **settings) -> nn.Module:
+    """Write what a run leaves as ``best.pt``, with random weights; returns the model that should be opened."""
+    ema = "ema_decay" in settings
+    config = Config(**{"model": name, "img_size": 32, "model_args": SMALL, "crop_pct": 0.9, **settings})
+    models = [randomise(build_model(config, len(classes)), seed).eval() for seed in range(1 + ema)]
+    checkpoint = {
+        "arch": name,
+        "config": with_input_of(config, models[0]).model_dump(mode="json"),
+        "num_classes": len(classes),
+        "class_names": list(classes),
+        "epoch": 300,
+        "state_dict": models[0].state_dict(),
+    }
+    if ema:
+        checkpoint["state_dict_ema"] = models[1].state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, folder / "best.pt")
+    return models[-1]

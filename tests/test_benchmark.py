@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from statistics import median
 
 import pandas as pd
@@ -13,14 +12,13 @@ from torch._inductor import config as inductor
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.flop_counter import FlopCounterMode
 
-from metaformer import records
-from metaformer.analysis import benchmark
-from metaformer.analysis import tables as make_tables
-from metaformer.errors import InputError, run_command
+from metaformer import InputError, records
+from metaformer.analysis import benchmark, contestants, outputs, render, speed
+from metaformer.analysis.measured import Measured
 from oracles import relative_error
 
 CPU = torch.device("cpu")
-ALL = [*benchmark.OURS, *benchmark.OTHERS]
+ALL = [*contestants.OURS, *contestants.OTHERS]
 
 
 @pytest.fixture(autouse=True)
@@ -32,31 +30,24 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def settings(**changes) -> benchmark.Settings:
-    small = benchmark.Settings("poolformer_s12", 1, (64, 64), "float32", "channels_last", CPU, 1)
+def settings(**changes) -> contestants.Settings:
+    small = contestants.Settings("poolformer_s12", 1, (64, 64), "float32", "channels_last", CPU, 1)
     return small._replace(**changes)
 
 
-def toy(model: nn.Module, *shape: int, compiled: bool = False) -> benchmark.Entrant:
+def toy(model: nn.Module, *shape: int, compiled: bool = False) -> contestants.Contestant:
     """A contestant of any model on ones of a shape; what is timed is the forward pass."""
     images = torch.ones(shape)
-    return benchmark.Entrant("toy", compiled, model, lambda: model(images), lambda: model(images))
-
-
-def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        run_command(benchmark.main)
-    printed = capsys.readouterr()
-    return exit_.value.code, printed.out, printed.err
+    return contestants.Contestant("toy", compiled, model, lambda: model(images), lambda: model(images))
 
 
 # What is compared
 
 
 def test_all_forms_are_the_same_model():
-    entered = {entrant.form: entrant for entrant in benchmark.entrants(ALL, [False], "inference", settings())}
-    logits = {form: entrant.call() for form, entrant in entered.items()}
+    compared = contestants.contestants(ALL, [False], "inference", settings())
+    entered = {contestant.form: contestant for contestant in compared}
+    logits = {form: contestant.call() for form, contestant in entered.items()}
     assert list(logits) == ALL
     assert not any(output.requires_grad for output in logits.values())
     for form in ("fused", "folded", "transformers"):
@@ -70,15 +61,15 @@ def test_all_forms_are_the_same_model():
 
 
 def test_a_step_fills_every_gradient_anew():
-    entered = benchmark.entrants(ALL, [False], "training", settings(batch=2))
-    assert [entrant.form for entrant in entered] == ["plain", "fused", "timm", "transformers"]
-    for entrant in entered:
-        assert entrant.model.training
-        losses = [entrant.call() for _ in range(2)]
+    entered = contestants.contestants(ALL, [False], "training", settings(batch=2, size=(32, 32)))
+    assert [contestant.form for contestant in entered] == ["plain", "fused", "timm", "transformers"]
+    for contestant in entered:
+        assert contestant.model.training
+        losses = [contestant.call() for _ in range(2)]
         assert losses[0] == losses[1]
-        gradients = [parameter.grad.clone() for parameter in entrant.model.parameters()]
-        entrant.call()
-        assert all(map(torch.equal, gradients, (parameter.grad for parameter in entrant.model.parameters())))
+        gradients = [parameter.grad.clone() for parameter in contestant.model.parameters()]
+        contestant.call()
+        assert all(map(torch.equal, gradients, (parameter.grad for parameter in contestant.model.parameters())))
 
 
 def test_each_starts_a_round_in_turn():
@@ -114,8 +105,8 @@ def test_saved_bytes_are_those_of_each_storage_once():
 
 
 def test_saved_bytes_of_timms_class_are_the_published_ones():
-    entered = benchmark.entrants(["plain", "fused", "timm"], [False], "training", settings(size=(224, 224)))
-    plain, fused, timm = (benchmark.saved_bytes(entrant) / 1e6 for entrant in entered)
+    entered = contestants.contestants(["plain", "fused", "timm"], [False], "training", settings(size=(224, 224)))
+    plain, fused, timm = (benchmark.saved_bytes(contestant) / 1e6 for contestant in entered)
     assert round(timm, 1) == 59.7
     assert fused < 0.5 * plain
 
@@ -123,7 +114,7 @@ def test_saved_bytes_of_timms_class_are_the_published_ones():
 def test_floor_counts_every_map_once():
     counted = benchmark.count("poolformer_s12", (64, 64))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        benchmark.ours(settings(), fused=False)(torch.zeros(1, 3, 64, 64))
+        contestants.ours(settings(), fused=False)(torch.zeros(1, 3, 64, 64))
     assert benchmark.products(counted) == counter.get_total_flops() // 2
 
     images, maps = 3 * 64**2, [64 * 16**2, 128 * 8**2, 320 * 4**2, 512 * 2**2]
@@ -190,21 +181,21 @@ def record(**changes) -> dict:
     }
 
 
-def measured(folder, *given: dict) -> make_tables.Measured:
+def measured(folder, *given: dict) -> Measured:
     files = [folder / f"{i}.json" for i in range(len(given))]
     for file, content in zip(files, given, strict=True):
         file.write_text(json.dumps(content))
     if files:
         records.import_records(files, folder / "results")
-    return make_tables.Measured(folder / "results")
+    return Measured(folder / "results")
 
 
 def test_a_record_fills_the_table(tmp_path):
     found = measured(tmp_path, record())
     assert found.problems == []
-    table = make_tables.speed(found)
+    table = speed.speed(found)
     assert table.summary() == "speed: 10 rows; 6 measured, 4 not run"
-    csv = pd.read_csv(io.StringIO(make_tables.render(table, "csv")), dtype=str)
+    csv = pd.read_csv(io.StringIO(render.render(table, "csv")), dtype=str)
     assert csv["images/s per device"][6:].tolist() == ["not measured"] * 4
     rows = csv[:6].set_index(["task", "form"])
     ours = rows.loc["training", "fused"]
@@ -219,16 +210,16 @@ def test_a_record_fills_the_table(tmp_path):
     assert rows.loc["inference", "folded, compiled"]["times timm, compiled"] == "1.00 (0.50 to 2.00)"
     assert rows.loc["training", "fused"]["times timm, compiled"] == "-"
 
-    section = make_tables.readme_sections({"speed": table}, found)["README.md", "speed"].splitlines()
+    section = outputs.sections({"speed": table}, found)["README.md", "speed"].splitlines()
     assert [line.split("|")[4].strip() for line in section[2:]] == ["inference", "inference, compiled", "training"]
     assert "59.7 / 20.0" in section[-1]
 
 
 def test_without_a_record_the_table_says_so(tmp_path):
     found = measured(tmp_path)
-    table = make_tables.speed(found)
+    table = speed.speed(found)
     assert table.summary() == "speed: 5 rows; 0 measured, 5 not run"
-    assert make_tables.readme_sections({"speed": table}, found) == {("README.md", "speed"): "Not measured yet."}
+    assert outputs.sections({"speed": table}, found) == {("README.md", "speed"): "Not measured yet."}
 
 
 def unequal() -> list[dict]:
@@ -251,12 +242,13 @@ def test_a_wrong_record_is_refused(changes, says, tmp_path):
         measured(tmp_path, record(**changes))
 
 
-def test_the_command_writes_what_the_importer_takes(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_what_the_importer_takes(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(benchmark.MATRIX, "cpu", 64)
     monkeypatch.setitem(benchmark.COPIED, "cpu", 2**16)
     monkeypatch.setattr(benchmark, "SHORTEST", 1e-9)
-    status, out, _ = command(monkeypatch, capsys, "--size", 64, "--batch", 2, "--rounds", 2, "--device", "cpu")
+    small = ("--size", 64, "--batch", 2, "--rounds", 2, "--device", "cpu")
+    status, out, _ = command("analysis/benchmark.py", *small, "--forms", "timm", "folded", "fused")
     assert status == 0
     (path,) = (tmp_path / "runs").iterdir()
     assert f"record: {path.relative_to(tmp_path)}" in out
@@ -264,13 +256,20 @@ def test_the_command_writes_what_the_importer_takes(tmp_path, monkeypatch, capsy
     (imported,) = records.import_records([path], tmp_path / "results")
     found = records.read_record(imported)
     inference, training = found.tasks
-    assert [contestant.form for contestant in inference.contestants] == ALL
-    assert [contestant.form for contestant in training.contestants] == ["plain", "fused", "timm", "transformers"]
+    assert [contestant.form for contestant in inference.contestants] == ["fused", "folded", "timm"]
+    assert [contestant.form for contestant in training.contestants] == ["fused", "timm"]
     assert all(len(contestant.seconds) == 2 for timed in found.tasks for contestant in timed.contestants)
-    (row,) = (row for row in make_tables.speed_rows(found) if (row["task"], row["form"]) == ("training", "fused"))
-    _, ours, timm, _ = (contestant.seconds for contestant in training.contestants)
-    assert row["times timm"].startswith(f"{median(b / a for a, b in zip(ours, timm, strict=True)):,.2f} (")
-    assert row["device-hours"] == "-"  # the paper's images are of 224 pixels
+    rows = (timing.figures() for timing in speed.timings(found))
+    (row,) = (row for row in rows if (row["task"], row["form"]) == ("training", "fused"))
+    ours, timm = (contestant.seconds for contestant in training.contestants)
+    assert row["times timm"].value == median(b / a for a, b in zip(ours, timm, strict=True))
+    assert row["device-hours"] is None  # the paper's images are of 224 pixels
+
+
+def test_all_forms_that_a_model_has_are_compared_unless_told_otherwise():
+    assert contestants.chosen_forms("poolformer_s24", None, contestants.TASKS) == ALL
+    assert contestants.chosen_forms("metaformer_s12_ppaa", None, contestants.TASKS) == ["plain", "fused"]
+    assert contestants.chosen_forms("poolformer_s12", ["timm", "plain", "timm"], ["training"]) == ["plain", "timm"]
 
 
 # Wrong input
@@ -280,18 +279,18 @@ def test_the_command_writes_what_the_importer_takes(tmp_path, monkeypatch, capsy
     ("arguments", "says"),
     [
         (["poolformer_s112"], "there is no variant 'poolformer_s112' (did you mean 'poolformer_s12'?)"),
-        (["--forms", "fusd"], "there is no form 'fusd' (did you mean 'fused'?)"),
+        (["--forms", "fusd"], "argument --forms: invalid choice: 'fusd'"),
         (["metaformer_s12_bn", "--forms", "timm"], "timm has no metaformer_s12_bn: use the forms plain, fused, folded"),
         (["--forms", "folded"], "the form folded is for inference alone"),
-        (["--tasks", "sleep"], "there is no task 'sleep': there are inference, training"),
-        (["--batch", 0], "--batch is 0: give 1 or more"),
-        (["--rounds", -1], "--rounds is -1: give 1 or more"),
+        (["--tasks", "sleep"], "argument --tasks: invalid choice: 'sleep'"),
+        (["--batch", 0], "argument --batch: 0 is not a whole number from 1"),
+        (["--rounds", "1.5"], "argument --rounds: 1.5 is not a whole number from 1"),
         (["--size", 64, 64, 64], "--size 64 64 64: give one side or height and width, in pixels"),
         (["--size", 1], "does not take images of 1 x 1 pixels"),
-        (["--precision", "float31"], "there is no precision 'float31' (did you mean 'float32'?)"),
+        (["--precision", "float31"], "argument --precision: invalid choice: 'float31'"),
         (["--precision", "float16"], "--precision float16 needs a GPU: use float32 or bfloat16 on a CPU"),
-        (["--memory-format", "nchw"], "there is no memory format 'nchw'"),
-        (["--device", "gpu"], "there is no device 'gpu'"),
+        (["--memory-format", "nchw"], "argument --memory-format: invalid choice: 'nchw'"),
+        (["--device", "gpu"], "argument --device: invalid choice: 'gpu'"),
         (["--record", "nowhere/record.json"], "there is no folder nowhere for the record"),
         (
             ["metaformer_s12_identity", "--forms", "folded", "--tasks", "inference", "--size", 64],
@@ -299,35 +298,35 @@ def test_the_command_writes_what_the_importer_takes(tmp_path, monkeypatch, capsy
         ),
     ],
 )
-def test_wrong_arguments(arguments, says, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments(arguments, says, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(benchmark.MATRIX, "cpu", 64)
     monkeypatch.setitem(benchmark.COPIED, "cpu", 2**16)
-    status, _, error = command(monkeypatch, capsys, *arguments)
+    status, _, error = command("analysis/benchmark.py", *arguments)
     assert status == 2
-    assert says in error
-    assert error.splitlines()[-1].startswith("error: ")
+    assert says in error.splitlines()[-1]
+    assert error.splitlines()[-1].removeprefix("benchmark.py: ").startswith("error: ")
 
 
-def test_what_a_machine_lacks_is_said(monkeypatch, capsys):
+def test_what_a_machine_lacks_is_said(monkeypatch, command):
     def none():
         raise InvalidCxxCompiler()
 
-    monkeypatch.setattr(benchmark, "get_cpp_compiler", none)
-    status, _, error = command(monkeypatch, capsys, "--compile", "--device", "cpu")
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    status, _, error = command("analysis/benchmark.py", "--compile", "--device", "cpu")
     assert (status, error.count("\n")) == (2, 1)
     assert "--compile needs a C++ compiler" in error
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, _, error = command(monkeypatch, capsys, "--device", "cuda")
+    status, _, error = command("analysis/benchmark.py", "--device", "cuda")
     assert (status, error) == (2, "error: PyTorch finds no GPU here: use --device cpu\n")
 
 
 def test_too_little_memory_and_no_numbers_are_said():
     says = "not enough memory for all of it: use a smaller --batch or --size"
-    with pytest.raises(InputError, match=says), benchmark.naming_who_lacks_memory("all of it"):
+    with pytest.raises(InputError, match=says), benchmark.naming_what_lacks_memory("all of it"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), benchmark.naming_who_lacks_memory("it"):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), benchmark.naming_what_lacks_memory("it"):
         torch.ones(2, 3) @ torch.ones(2, 3)
     with pytest.raises(InputError, match=r"toy \(eager\) gives what is no number in float32: use another --precision"):
         benchmark.warm_up(toy(nn.Threshold(2.0, float("nan")).eval(), 3), settings())

@@ -21,7 +21,9 @@ from timm.data import create_dataset
 
 from conftest import EVERYTHING_RANDOM, ROOT, trained
 from metaformer import InputError, records
-from metaformer.analysis import tables as make_tables
+from metaformer.analysis import outputs
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.studies import faults
 from metaformer.errors import MachineError, run_command
 from metaformer.provenance import write_file
 from metaformer.training import data, runlog
@@ -512,18 +514,18 @@ def test_a_short_campaign_loses_nothing_and_fills_the_table(tmp_path):
     assert total[1] == total[2]
     assert total[3] == "0"
     [imported] = records.import_records([tmp_path / "record.json"], tmp_path / "results")
-    measured = make_tables.Measured(tmp_path / "results")
+    measured = Measured(tmp_path / "results")
     assert not measured.problems
-    table = make_tables.faults(measured)
-    assert list(table.rows[-1].values()) == total
+    table = faults(measured)
+    assert [str(cell) for cell in table.rows[-1].values()] == total
     assert len(table.rows) == len(records.read_record(imported).faults) + 1
-    section = make_tables.readme_sections({"faults": table}, measured)["README.md", "faults"]
+    section = outputs.sections({"faults": table}, measured)["README.md", "faults"]
     assert section.splitlines()[-1].split() == ["|", "all", "|", total[1], "|", total[2], "|", "0", "|"]
 
 
 def test_without_a_campaign_the_table_says_so(tmp_path):
-    measured = make_tables.Measured(tmp_path)
-    sections = make_tables.readme_sections({"faults": make_tables.faults(measured)}, measured)
+    measured = Measured(tmp_path)
+    sections = outputs.sections({"faults": faults(measured)}, measured)
     assert sections == {("README.md", "faults"): "Not measured yet."}
 
 

@@ -14,11 +14,16 @@ import yaml
 
 from conftest import ROOT, draw, run_script
 from metaformer import ABLATIONS, QUESTIONS, InputError
-from metaformer.analysis import tables as make_tables
+from metaformer.analysis import studies
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.paper import rows_of
 from metaformer.records import Training, import_records, parse
 from metaformer.records.statistics import Results, statements
 from metaformer.training import slurm
 from metaformer.training import study as ablate
+from metaformer.training.config import check
+from metaformer.training.study import read_study
+from metaformer.variants import ROWS
 
 RECIPE = {
     "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 32], "stem_stride": 2},
@@ -83,16 +88,16 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, monkeypatc
     records = {file.stem: file for file in results.glob("tiny/*.json")}
     assert records.keys() == runs.keys()
     monkeypatch.setattr(ablate, "STUDIES", tmp_path)
-    measured = make_tables.Measured(results)
+    measured = Measured(results)
     assert measured.problems == []
-    rows = {row["row"]: row for row in make_tables.proxy(measured).rows}
+    rows = {row["row"]: row for row in studies.proxy(measured).rows}
     top1 = [runs[f"baseline-{seed}"]["curve"][-1]["top1"] for seed in (0, 1)]
-    assert rows["baseline"][make_tables.TOP1].startswith(f"{sum(top1) / 2:.1f} ±")
-    assert (rows["pppa"]["runs"], rows["pppa"]["top-1 in the paper, %"]) == ("1", "78.3")
+    assert rows["baseline"]["top-1 in the study, %"].value.value == pytest.approx(sum(top1) / 2)
+    assert (str(rows["pppa"]["runs"]), str(rows["pppa"]["top-1 in the paper, %"])) == ("1", "78.3")
 
     records["pppa-1"].write_text(records["pppa-1"].read_text().replace('"lr": 0.002', '"lr": 0.004'))
     problem = "tiny has a record of row pppa, seed 1 with lr=0.004, and the study has 0.002"
-    assert problem in make_tables.Measured(results).problems[0]
+    assert problem in Measured(results).problems[0]
 
 
 def test_a_run_that_diverges_is_a_result(study, data, tmp_path, monkeypatch, capsys):
@@ -101,10 +106,10 @@ def test_a_run_that_diverges_is_a_result(study, data, tmp_path, monkeypatch, cap
     assert "baseline, seed 0: diverged (the loss was not finite" in capsys.readouterr().out
     import_records([tmp_path / "out"], tmp_path / "results")
     monkeypatch.setattr(ablate, "STUDIES", tmp_path)
-    measured = make_tables.Measured(tmp_path / "results")
+    measured = Measured(tmp_path / "results")
     assert measured.problems == []
     assert measured.studies["tiny"].top1 == {"baseline": {0: 100 / 3}}
-    assert make_tables.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
+    assert studies.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
 
 
 def test_a_stopped_study_continues_where_it_stood(study, data, tmp_path):
@@ -260,6 +265,21 @@ def test_intervals_are_students_and_welchs(monkeypatch):
     assert shifted[1:] == pytest.approx([bound + 2 + 5 for bound in scaled])
 
 
+def test_seeds_that_agree_are_not_certain(monkeypatch):
+    """Variances are at least the binomial ones of the 10,000 validation images."""
+    found = results(monkeypatch, {"identity": [10.0] * 3, "baseline": [10.1, 10.1, 10.11], "pool5": [0.0] * 3})
+    deviations = [scipy.stats.binom(10_000, share).std() / 100 for share in (0.1, 0.10103333)]
+    low = 10.0 - found.combination({"identity": 1}).low
+    assert 2 * scipy.stats.t.sf(low / (deviations[0] / math.sqrt(3)), 2) == pytest.approx(0.05)
+    difference = found.combination({"baseline": 1, "identity": -1})
+    half = difference.high - difference.value
+    test = scipy.stats.ttest_ind_from_stats(half, deviations[1], 3, 0, deviations[0], 3, equal_var=False)
+    assert test.pvalue == pytest.approx(0.05)
+    assert found.judge([{"baseline": 1, "identity": -1}])[0] == "undecided"
+    none_right = found.combination({"pool5": 1})
+    assert none_right.high > none_right.low
+
+
 def test_verdicts(monkeypatch):
     found = results(monkeypatch, {"identity": A, "baseline": B, "pool5": [60.0, 60.1, 60.2], "pool7": [70.0]})
     assert found.judge([{"identity": 1, "pool5": -1}])[0] == "holds"
@@ -276,6 +296,18 @@ def test_a_run_cannot_be_counted_twice(monkeypatch):
         Results("cifar10", [*found.records, found.records[1]])
 
 
+def test_a_run_that_left_out_pictures_is_not_comparable(monkeypatch):
+    (record,) = results(monkeypatch, {"identity": [70.0]}).records
+    monkeypatch.undo()
+    study = read_study("cifar10")[1]
+    settings = check({**study.recipe, **ROWS["identity"]}, source="x").model_dump(mode="json")
+    settings |= {"study": "cifar10", "row": "identity", "seed": 0}
+    content = {**record.model_dump(), "settings": settings, "data": study.data.model_dump()}
+    assert Results("cifar10", [parse(content, Path("x"))]).top1 == {"identity": {0: 70.0}}
+    with pytest.raises(InputError, match="row identity, seed 0 with skipped pictures=1, and the study has 0"):
+        Results("cifar10", [parse({**content, "skipped": {"training": 0, "validation": 1}}, Path("x"))])
+
+
 def test_rank_correlation(monkeypatch):
     paper = {"baseline": 77.2, "identity": 74.3, "pool5": 77.2, "relu": 76.4, "silu": 77.1, "ppaa": 81.0}
     here = {"baseline": 60.0, "identity": 58.0, "pool5": 63.0, "relu": 61.0, "silu": 59.0}
@@ -288,12 +320,12 @@ def test_rank_correlation(monkeypatch):
     assert math.atanh(found.high) - math.atanh(found.low) == pytest.approx(2 * half)
     few = results(monkeypatch, {row: [here[row]] for row in list(here)[:3]})
     assert few.rank_correlation(paper) == (3, None)
+    tied = results(monkeypatch, {row: [10.0] for row in here})
+    assert tied.rank_correlation(paper) == (5, None)
 
 
 def test_the_papers_own_figures_agree_with_its_conclusions():
-    make_tables.paper.cache_clear()
-    figures = {row["build"]: row["top1"] for row in make_tables.paper()["table5"]["rows"]}
-    top1 = {row: figures[of["model"]] for row, of in ablate.ROWS.items() if of["model"] in figures}
+    top1 = {row["row"]: row["top1"] for row in rows_of("table5")}
     top1 |= {"chance": 0.1, "point": 1.0}
     for statement in statements()["conclusions"]:
         for weights in statement["tests"]:
@@ -308,7 +340,17 @@ def test_statements_name_rows():
 
 def test_a_record_of_a_study_counts_when_it_is_done():
     record = results(pytest.MonkeyPatch(), {"identity": [70.0]}).records[0].model_dump()
-    for status, says in (("running", "counts when it is done"), ("failed", "the run failed: lost")):
+    data, half = {"classes": 10, "val_images": 1000}, {"done": 1, "planned": 2}
+    for changes, says in (
+        ({"status": "running"}, "counts when it is done"),
+        ({"status": "failed"}, "the run failed: lost"),
+        ({"epochs": half}, "the curve has not the epochs 1 to 1"),
+        ({"epochs": half, "curve": [{"top1": 1.0}]}, "the run is finished, but only after 1 of 2 epochs"),
+        ({"curve": [{"epoch": 1, "top1": 1.0}, {"epoch": 3, "top1": 2.0}]}, "the curve has not the epochs 1 to 2"),
+        ({"curve": [{"top1": float("nan")}]}, r"curve\.0\.top1"),
+        ({"curve": [{"top1": 0.5124}], "data": data}, "which is no percentage of 1000 images"),
+        ({"settings": {**record["settings"], "seed": 7}}, "seed is 0, but settings.seed is 7"),
+    ):
         with pytest.raises(InputError, match=says):
-            parse({**record, "status": status, "error": "lost"}, Path("x"))
+            parse({**record, "error": "lost", **changes}, Path("x"))
     assert isinstance(parse({**record, "status": "diverged", "images_per_s": None, "curve": []}, Path("x")), Training)

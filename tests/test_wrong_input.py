@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -210,23 +209,6 @@ def test_a_run_is_not_overwritten(run):
     with pytest.raises(InputError, match=r"trained with lr=0.002 and cannot continue with lr=0.1"):
         run("epochs=1", "lr=0.1", "--resume")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-
-
-def test_validation(run, command, pictures, tmp_path):
-    folder = run("epochs=1")
-    root = copied(pictures, tmp_path / "data")
-    (root / "val" / "c").rename(root / "val" / "d")
-    for arguments, sentence in [
-        (["nowhere"], r"there is no checkpoint nowhere"),
-        ([str(folder), "--record"], r"--record needs the name of a file"),
-        ([str(folder), "crop=0.9"], r"unknown setting 'crop' \(did you mean 'drop'\?\)"),
-        ([str(folder), f"data_dir={root}"], r"differ .*only in train: c; only in validation: d"),
-        ([str(folder), "model=poolformer_s24", "model_args={}"], r"another architecture"),
-        ([str(folder), "data_dir=nowhere"], r"there is no data folder nowhere"),
-    ]:
-        status, _, error = command("classification/validate.py", *arguments)
-        assert status == 2
-        assert re.fullmatch(f"error: .*{sentence}.*\n", error)
 
 
 @pytest.mark.parametrize("gpus", ["1", "2"])

@@ -7,7 +7,6 @@
 #   mim test mmsegmentation configs/segmentation/fpn_pvt-medium_8xb4-40k_ade20k-512x512.py \
 #     --checkpoint work_dirs/fpn_pvt-medium_8xb4-40k_ade20k-512x512/iter_40000.pth --launcher pytorch --gpus 8
 _base_ = "_base_/fpn_ade20k_40k.py"
-custom_imports = dict(imports=["metaformer.mm.segmentation", "mmdet.models"], allow_failed_imports=False)
 model = dict(
     backbone=dict(
         type="mmdet.PyramidVisionTransformer",

@@ -1,11 +1,5 @@
-"""Parameters and multiply-accumulates (MACs) of a model, by operator and by part.
+"""Parameters and multiply-accumulates (MACs) of a model, by operator and by part."""
 
-python analysis/count.py MODEL [--size SIDE | --size HEIGHT WIDTH] [--json]
-
-MODEL is any name that timm knows, or a config of mmdet or mmseg (which this repository has under configs/).
-"""
-
-import argparse
 import hashlib
 import json
 import math
@@ -62,7 +56,8 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
     Raises:
         InputError: no such model or config, or a size that it does not take.
     """
-    network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
+    with shapes_only():
+        network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
     analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, 3, *size))
     analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -101,7 +96,8 @@ def cached_count(model: str) -> dict[str, Any]:
 
 def definition(model: str) -> str:
     """A digest of what a count depends on: the source of the models and of this file, the config, the libraries."""
-    files = [*ROOT.glob("metaformer/**/*.py")]
+    files = [*ROOT.glob("metaformer/*.py"), *ROOT.glob("metaformer/mm/*.py")]
+    files += [ROOT / "metaformer/analysis/count.py", ROOT / "metaformer/analysis/baselines.py"]
     if model.endswith(".py"):
         files += [ROOT / model, *(ROOT / model).parent.glob("_base_/*.py")]
     digest = hashlib.sha256(model.encode())
@@ -149,13 +145,14 @@ def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
 
 def two_stages(detector: nn.Module, images: Tensor) -> Any:
     """A two-stage detector with the same number of boxes whatever its first stage finds; RoIAlign left out."""
-    levels = detector.extract_feat(images)
-    heads = detector.roi_head
-    boxes, masks = (
-        images.new_zeros(number, extractor.out_channels, *extractor.roi_layers[0].output_size)
-        for number, extractor in ((PROPOSALS, heads.bbox_roi_extractor), (MASKS, heads.mask_roi_extractor))
-    )
-    return detector.rpn_head(levels), heads.bbox_head(boxes), heads.mask_head(masks)
+    levels, heads = detector.extract_feat(images), detector.roi_head
+    outputs = [detector.rpn_head(levels)]
+    for number, kind in ((PROPOSALS, "bbox"), (MASKS, "mask")):
+        if getattr(heads, f"with_{kind}"):
+            extractor = getattr(heads, f"{kind}_roi_extractor")
+            regions = images.new_zeros(number, extractor.out_channels, *extractor.roi_layers[0].output_size)
+            outputs.append(getattr(heads, f"{kind}_head")(regions))
+    return outputs
 
 
 def parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -179,11 +176,11 @@ ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Trace without the arithmetic: convolutions and matrix products give zeros of the right shape.
+    """Build and trace without the arithmetic: no random weights, nothing in the outputs of expensive operators.
 
-    Counting needs no more, and detectors are counted in a second. (On the meta device, where there is no arithmetic
-    either, PyTorch's convolution cannot be traced.) Attention is taken in its parts, not as one operator that fvcore
-    does not know.
+    Counting needs shapes alone, and takes a second for a detector this way. PyTorch cannot trace its convolutions on
+    the meta device, which would do the same. Attention is traced in its parts, since fvcore does not know the operator
+    that computes it at once.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -217,6 +214,8 @@ def transposed_convolution(x, weight, bias=None, stride=1, padding=0, output_pad
 class NoArithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
+        if func in (aten.normal_.default, aten.uniform_.default, aten.erfinv_.default):
+            return args[0]
         if func is aten.convolution.default:
             raise RuntimeError("it calls a convolution in a way that a trace does not see")
         if func is aten._convolution.default:
@@ -225,15 +224,24 @@ class NoArithmetic(TorchDispatchMode):
             channels, per_group, *kernel = map(int, weight.shape)
             if transposed:
                 sides = map(side_after_transposed, sides, kernel, stride, padding, dilation, out_padding)
-                return x.new_zeros(batch, per_group * groups, *sides)
-            return x.new_zeros(batch, channels, *map(side_after, sides, kernel, stride, padding, dilation))
+                return x.new_empty(batch, per_group * groups, *sides)
+            return x.new_empty(batch, channels, *map(side_after, sides, kernel, stride, padding, dilation))
+        if func is aten.avg_pool2d.default:
+            return pooled(*args)
         if func in (aten.mm.default, aten.bmm.default):
             left, right = args
         elif func is aten.addmm.default:
             _, left, right = args
         else:
             return func(*args, **(kwargs or {}))
-        return left.new_zeros(*map(int, left.shape[:-1]), int(right.shape[-1]))
+        return left.new_empty(*map(int, left.shape[:-1]), int(right.shape[-1]))
+
+
+def pooled(x, kernel, stride=(), padding=(0, 0), ceil_mode=False, *rest):
+    if ceil_mode:
+        return torch.ops.aten.avg_pool2d(x, kernel, stride, padding, ceil_mode, *rest)
+    batch, channels, *sides = map(int, x.shape)
+    return x.new_empty(batch, channels, *map(side_after, sides, kernel, stride or kernel, padding, (1, 1)))
 
 
 def side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -242,36 +250,3 @@ def side_after(side: int, kernel: int, stride: int, padding: int, dilation: int)
 
 def side_after_transposed(side: int, kernel: int, stride: int, padding: int, dilation: int, out_padding: int) -> int:
     return (side - 1) * stride - 2 * padding + dilation * (kernel - 1) + out_padding + 1
-
-
-def report(name: str, counted: dict[str, Any]) -> str:
-    macs = sum(counted["macs"].values())
-    height, width = counted["size"]
-    frozen = f" + {counted['frozen']:,} frozen" if counted["frozen"] else ""
-    lines = [
-        f"{name} at {height} x {width}",
-        f"  parameters  {counted['learnable']:>15,}{frozen}",
-        f"  MACs        {macs:>15,}  ({macs / 1e9:.2f} G)",
-        "",
-        f"  {'operator':<28} {'MACs':>15}",
-        *(f"  {operator:<28} {number:>15,}" for operator, number in counted["macs"].items()),
-        "",
-        f"  {'part':<28} {'MACs':>15} {'parameters':>13}",
-        *(f"  {part:<28} {of['macs']:>15,} {of['parameters']:>13,}" for part, of in counted["parts"].items()),
-        "",
-        "  not counted: " + (", ".join(f"{op} x {times}" for op, times in counted["uncounted"].items()) or "nothing"),
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Parameters and MACs of a model, by operator and by part.")
-    parser.add_argument("model", help="any name that timm knows, or a config of mmdet or mmseg")
-    parser.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, of the image")
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
-    arguments = parser.parse_args()
-    size = arguments.size
-    if size and (len(size) > 2 or min(size) < 1):
-        raise InputError(f"--size {' '.join(map(str, size))}: give one side or height and width, in pixels")
-    counted = count(arguments.model, (size[0], size[-1]) if size else None)
-    print(json.dumps(counted, indent=2) if arguments.json else report(arguments.model, counted))

@@ -1,29 +1,23 @@
-"""The paper's figures from its tables, and training curves.
+"""The paper's figures from its tables, and training curves."""
 
-python analysis/make_figures.py [FIGURE...] [--runs FOLDER...] [--out FOLDER]
-
-FIGURE is one of fig1b, fig3, ablation, proxy and curves; all but curves by default. curves draws the run folders of
-classification/ and the work dirs of mmdet and mmseg that --runs names. PNG and SVG go to analysis/figures/.
-"""
-
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from metaformer.analysis.tables import ROOT, Measured, counted_value, paper
-from metaformer.errors import InputError, nearest
-from metaformer.records.statistics import ROWS
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.paper import ROOT, counted_value, rows_of
+from metaformer.analysis.studies import paper_top1
+from metaformer.errors import InputError
+from metaformer.variants import ROWS
 
-FIGURES = ROOT / "analysis/figures"
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "metaformer"}
+"""Settings of matplotlib for all figures; the salt makes the SVG files reproducible."""
 COLOURS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#E69F00")
 """Okabe and Ito's, told apart with any colour vision; shapes and labels do so in grey."""
 STYLES = {
@@ -40,9 +34,10 @@ Row = dict[str, Any]
 
 def fig1b() -> Figure:
     """Top-1 against MACs of PoolFormer, DeiT, ResMLP and RSB-ResNet (Figure 1b)."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.8))
+    figure = Figure(figsize=(5.2, 3.8))
+    axes = figure.subplots()
     for start, mixer in FAMILIES.items():
-        rows = [row for row in paper()["table2"]["rows"] if row["model"].startswith(start)]
+        rows = [row for row in rows_of("table2") if row["model"].startswith(start)]
         points = [(place(row, "macs"), row["top1"]) for row in rows]
         _, colour, marker = STYLES[mixer]
         axes.plot(
@@ -58,10 +53,11 @@ def fig1b() -> Figure:
 
 def fig3() -> Figure:
     """Top-1 against MACs and against parameters, by kind of token mixer (Figure 3)."""
-    figure, both = plt.subplots(1, 2, figsize=(9.6, 4.4), sharey=True)
+    figure = Figure(figsize=(9.6, 4.4))
+    both = figure.subplots(1, 2, sharey=True)
     panels = (("macs", "MACs, G", [2, 5, 10, 20, 50], 1.4), ("params", "parameters, M", [10, 20, 50, 100, 200, 300], 9))
     for axes, (column, title, ticks, left) in zip(both, panels, strict=True):
-        for row in paper()["table2"]["rows"]:
+        for row in rows_of("table2"):
             kind, colour, marker = STYLES[row["mixer"]]
             point = (place(row, column), row["top1"])
             # Hollow: as printed, since there is nothing to count.
@@ -84,10 +80,11 @@ def fig3() -> Figure:
 
 def ablation() -> Figure:
     """Top-1 of the rows of Table 5 beside the baseline's."""
-    rows = paper()["table5"]["rows"]
+    rows = rows_of("table5")
     baseline, low = rows[0]["top1"], 72.8
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    figure, axes = plt.subplots(figsize=(6.8, 5.6))
+    figure = Figure(figsize=(6.8, 5.6))
+    axes = figure.subplots()
     for y, row in enumerate(rows):
         colour, inside = COLOURS[groups.index(row["group"])], row["top1"] >= low
         x = row["top1"] if inside else low
@@ -108,12 +105,13 @@ def ablation() -> Figure:
 
 def proxy() -> Figure:
     """Differences from the baseline's top-1 in the small studies, with 95 % intervals, beside the paper's."""
-    studies = sorted(Measured(ROOT / "analysis/results").studies.items())
+    studies = Measured(ROOT / "analysis/results").studies.items()
     if not studies:
         raise InputError("there are no records of a study in analysis/results/: run classification/ablate.sh")
-    printed = {row["build"]: row["top1"] for row in paper()["table5"]["rows"]}
+    printed = paper_top1()
     rows = [row for row in ROWS if row != "baseline" and any(row in results.top1 for _, results in studies)]
-    figure, axes = plt.subplots(figsize=(6.8, 1.2 + 0.32 * len(rows)))
+    figure = Figure(figsize=(6.8, 1.2 + 0.32 * len(rows)))
+    axes = figure.subplots()
     for i, (name, results) in enumerate(studies):
         found = {y: results.combination({row: 1, "baseline": -1}) for y, row in enumerate(rows)}
         found = {y: interval for y, interval in found.items() if interval}
@@ -122,8 +120,7 @@ def proxy() -> Figure:
         places = [y + 0.18 * (i + 1) for y in found]
         colour = COLOURS[(i + 1) % len(COLOURS)]
         axes.errorbar(values, places, xerr=bars, fmt="o", color=colour, markersize=4, label=f"{name}, 95 % interval")
-    of_paper = {y: ROWS[row]["model"] for y, row in enumerate(rows) if ROWS[row].keys() == {"model"}}
-    of_paper = {y: printed[build] - printed["poolformer_s12"] for y, build in of_paper.items() if build in printed}
+    of_paper = {y: printed[row] - printed["baseline"] for y, row in enumerate(rows) if row in printed}
     axes.plot(
         of_paper.values(), of_paper.keys(), "D", color="black", markerfacecolor="none", label="paper, ImageNet-1K"
     )
@@ -142,7 +139,8 @@ def proxy() -> Figure:
 
 def curves(runs: list[Path]) -> Figure:
     """Training loss and accuracy of runs of one kind over their progress."""
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9.6, 3.8))
+    figure = Figure(figsize=(9.6, 3.8))
+    loss, accuracy = figure.subplots(1, 2)
     dashes = ("-", "--", ":", "-.")
     kinds = {}
     for i, run in enumerate(runs):
@@ -192,37 +190,17 @@ def label(axes: Axes, text: str, point: tuple[float, float], colour: str, below:
     axes.annotate(text, point, offset, textcoords="offset points", ha=side, fontsize=7, color=colour)
 
 
-MAKERS: dict[str, Callable[[], Figure]] = {maker.__name__: maker for maker in (fig1b, fig3, ablation, proxy)}
+FIGURES: dict[str, Callable[[], Figure]] = {maker.__name__: maker for maker in (fig1b, fig3, ablation, proxy)}
 
 
-def save(figure: Figure, stem: str, out: Path) -> None:
+def save(figure: Figure, stem: str, out: Path) -> list[Path]:
+    """Write a figure as PNG and SVG."""
     out.mkdir(parents=True, exist_ok=True)
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+    paths = {"png": {"Software": None}, "svg": {"Date": None}}
+    for kind, metadata in paths.items():
         path = out / f"{stem}.{kind}"
         try:
             figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
-        print(path)
-    plt.close(figure)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(MAKERS)} or curves")
-    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="FOLDER", help="the runs of curves")
-    parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER", help="default: analysis/figures")
-    options = parser.parse_args(arguments)
-    known = [*MAKERS, "curves"]
-    for figure in options.figures:
-        if figure not in known:
-            raise InputError(f"there is no figure {figure!r}{nearest(figure, known)}: there are {', '.join(known)}")
-    wanted = options.figures or (["curves"] if options.runs else list(MAKERS))
-    if ("curves" in wanted) != bool(options.runs):
-        raise InputError("curves and --runs FOLDER... go together: which runs to draw")
-    mpl.use("Agg")
-    mpl.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "metaformer"}
-    )
-    for figure in wanted:
-        save(curves(options.runs) if figure == "curves" else MAKERS[figure](), figure, options.out)
+    return [out / f"{stem}.{kind}" for kind in paths]

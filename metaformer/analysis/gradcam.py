@@ -1,23 +1,13 @@
-"""Where models look: Grad-CAM maps of pictures, one row each, one column for each model (the paper's Figure 4).
+"""Grad-CAM maps of pictures (the paper's Figure 4): the regions that raise the score of a model's top class."""
 
-python analysis/gradcam.py IMAGE... [--models NAME...] [--weights NAME=FILE...] [--out FILE]
-
-By default the paper's models with their released weights, which are fetched: RSB-ResNet-50, DeiT-S, ResMLP-S24 and
-PoolFormer-S24. --weights takes a checkpoint instead, of a run of classification/ for example; its number of classes
-follows from it. The map is that of the highest-scoring class.
-"""
-
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import cv2
-import matplotlib as mpl
 import numpy as np
-import timm
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
@@ -25,9 +15,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from metaformer import MetaFormer
-from metaformer.analysis.tables import ROOT
-from metaformer.errors import InputError, nearest
-from metaformer.weights import load_state, named_for, read_checkpoint, weights_of
+from metaformer.errors import InputError
 
 PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
 """The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
@@ -61,26 +49,6 @@ def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:
     return tokens.unflatten(2, (side, side))
 
 
-def build(name: str, weights: str | None) -> nn.Module:
-    if not timm.is_model(name):
-        raise InputError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
-    if weights is None:
-        try:
-            return timm.create_model(name, pretrained=True).eval()
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"cannot fetch the released weights of {name} ({' '.join(str(error).split())[:200]}): "
-                f"give a file with --weights {name}=FILE"
-            ) from error
-    model = timm.create_model(name)
-    state = named_for(weights_of(read_checkpoint(weights)), model)
-    classifier = next(label for label, module in model.named_modules() if module is model.get_classifier())
-    if f"{classifier}.weight" in state:
-        model.reset_classifier(len(state[f"{classifier}.weight"]))
-    load_state(model, state, weights)
-    return model.eval()
-
-
 def read_picture(path: Path) -> np.ndarray:
     """RGB, 224 x 224 without a crop, from 0 to 1, as in the official script."""
     try:
@@ -104,34 +72,15 @@ def cam_of(name: str, model: nn.Module, pictures: list[np.ndarray]) -> list[np.n
     return overlays
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--models", nargs="+", default=PAPER, metavar="NAME", help=f"default: {' '.join(PAPER)}")
-    parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=FILE", help="checkpoints of these models")
-    parser.add_argument("--out", type=Path, default=ROOT / "analysis/figures/gradcam.png", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    weights = {}
-    for given in options.weights:
-        name, equals, file = given.partition("=")
-        if not equals or name not in options.models:
-            raise InputError(f"--weights {given}: give NAME=FILE, NAME one of {', '.join(options.models)}")
-        weights[name] = file
-    pictures = [read_picture(path) for path in options.pictures]
-    columns = {name: cam_of(name, build(name, weights.get(name)), pictures) for name in options.models}
-
-    mpl.use("Agg")
+def draw(pictures: list[np.ndarray], columns: dict[str, list[np.ndarray]]) -> Figure:
+    """A row for each picture: the picture, then what each column has of it."""
     shape = (len(pictures), 1 + len(columns))
-    figure, axes = plt.subplots(*shape, figsize=(1.9 * shape[1], 1.9 * shape[0]), squeeze=False, layout="tight")
+    figure = Figure(figsize=(1.9 * shape[1], 1.9 * shape[0]), layout="tight")
+    axes = figure.subplots(*shape, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for column, (title, images) in enumerate({"input": pictures, **columns}.items()):
         axes[0, column].set_title(title, fontsize=8)
         for row, image in enumerate(images):
             axes[row, column].imshow(image)
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {options.out}: {error}") from error
-    print(options.out)
+    return figure

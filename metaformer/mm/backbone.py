@@ -1,4 +1,4 @@
-"""MetaFormer as a feature pyramid for mmdet and mmseg, registered once, in mmengine's root registry."""
+"""MetaFormer as the backbone of a detector or segmentor, registered in mmengine's root registry."""
 
 import re
 from collections.abc import Sequence
@@ -7,39 +7,38 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaformer.errors import InputError
-from metaformer.formats import FROM, StateDict, recognised
-from metaformer.model import MetaFormer
-from metaformer.variants import variant_arguments
+from metaformer.formats import StateDict
+from metaformer.mm.checkpoint import from_official_pyramid, load_from_path_or_url, rename_official
+from metaformer.model import MLN, MetaFormer, per_stage
+from metaformer.variants import VARIANTS, variant_arguments
 from metaformer.weights import differences, listed, weights_of
 
 
 @MODELS.register_module(name="MetaFormer")
 class MetaFormerBackbone(MetaFormer, BaseModule):
-    """A variant without its classifier; a norm of its own on each level that goes out, as in the official code.
+    """A variant without its classifier, and with a norm on each output level as in the official code.
 
-    Images (B, 3, H, W) to a tuple of (B, C_i, H / s_i, W / s_i) with the strides s = 4, 8, 16, 32. Stages after the
-    last level asked for are not built.
+    Maps images (B, 3, H, W) to a tuple of levels (B, C_i, H / s_i, W / s_i) with strides s = 4, 8, 16, 32. Stages after
+    the last output level are not built.
 
     Args:
         variant: name of the model, as for ``timm.create_model``.
-        out_indices: levels that go out, in ascending order, from 0.
-        drop_path_rate: drop path of the last block; the official detectors use 0.
-        frozen_stages: -1 trains everything, 0 freezes the stem, n the stem and the first n stages (in evaluation mode
-            and without gradient).
-        norm_eval: keep batch norms, where the variant has any, at their running statistics while training.
-        with_cp: recompute each block in the backward pass instead of keeping its activations.
-        init_cfg: ``None`` to start from scratch, or ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``: a classifier,
-            from the official release or trained here. With ``prefix='backbone.'`` the backbone of a detector or
-            segmentor.
-        arguments: further arguments of :class:`metaformer.MetaFormer`, in place of the variant's.
+        out_indices: output levels in ascending order, counted from 0.
+        drop_path_rate: drop path of the last block. The official detectors use 0.
+        frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n stages: they stay in
+            evaluation mode and get no gradient.
+        norm_eval: keep the running statistics of batch norms fixed during training.
+        with_cp: recompute each block in the backward pass instead of storing its activations.
+        init_cfg: ``None`` to train from scratch, or ``dict(type='Pretrained', checkpoint=PATH_OR_URL)`` with a
+            classifier in any known format. ``prefix='backbone.'`` takes the backbone of a detector or segmentor.
+        arguments: arguments of :class:`metaformer.MetaFormer` that replace those of the variant.
 
     Raises:
-        InputError: unknown variant, or levels or frozen stages that it does not have.
+        InputError: the variant is unknown, or does not have these levels or stages.
     """
 
     def __init__(
@@ -53,11 +52,12 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         init_cfg: dict | None = None,
         **arguments: Any,
     ):
-        super().__init__(**{**variant_arguments(variant), **arguments}, drop_path_rate=drop_path_rate, num_classes=0)
+        settings = {**variant_arguments(variant), **arguments}
+        super().__init__(**settings, drop_path_rate=drop_path_rate, num_classes=0)
         levels = len(self.stages)
         if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(levels))):
             raise InputError(
-                f"out_indices={tuple(out_indices)}: {variant} has the levels 0 to {levels - 1}, in this order"
+                f"out_indices={tuple(out_indices)}: give levels of {variant} from 0 to {levels - 1} in ascending order"
             )
         if not -1 <= frozen_stages <= levels:
             raise InputError(
@@ -67,15 +67,15 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
             raise InputError(
                 f"init_cfg of the backbone is {init_cfg}: use dict(type='Pretrained', checkpoint=...) or None"
             )
-        self.variant = variant
+        self.variant, self.arguments = variant, arguments
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.init_cfg = init_cfg
 
-        norm = type(self.norm)
+        norm_layers = per_stage("norm_layers", settings.get("norm_layers", MLN), levels)
         self.prune_intermediate_layers([out_indices[-1]], prune_norm=True)
-        self.out_norms = nn.ModuleDict({str(i): norm(self.feature_info[i]["num_chs"]) for i in out_indices})
+        self.out_norms = nn.ModuleDict({str(i): norm_layers[i](self.feature_info[i]["num_chs"]) for i in out_indices})
         self.set_grad_checkpointing(with_cp)
         for module in self._frozen():
             module.requires_grad_(False)
@@ -99,21 +99,30 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         return [] if self.frozen_stages < 0 else [self.stem, *self.stages[: self.frozen_stages]]
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names, all of it but the classifier, and log what was loaded.
+        """Load the checkpoint of ``init_cfg`` except its classifier, and log what was loaded.
 
         Raises:
-            InputError: no such checkpoint, or it differs from the backbone in more than the classifier, the norms of
-                the levels and stages that are not built.
+            InputError: the checkpoint does not exist, is of another model, or differs from the backbone in more than
+                the classifier, the norms of the levels and stages that are not built.
         """
         if self.init_cfg is None:
             print_log(f"{self.variant}: no pretrained weights, training starts from scratch", logger="current")
             return
         source, prefix = self.init_cfg["checkpoint"], self.init_cfg.get("prefix", "")
-        weights = weights_of(CheckpointLoader.load_checkpoint(source, map_location="cpu"))
+        checkpoint = load_from_path_or_url(source)
+        run = checkpoint.get("config")  # of a classifier trained here
+        if isinstance(run, dict) and run.get("model") in VARIANTS:
+            theirs, ours = (run["model"], run.get("model_args") or {}), (self.variant, self.arguments)
+            if theirs != ours:  # token mixers without weights and strides do not show in the names and shapes
+                raise InputError(
+                    f"{source} was trained as {theirs[0]} with model_args {theirs[1]}, but the backbone is {ours[0]} "
+                    f"with {ours[1]}: give the backbone the same variant and arguments"
+                )
+        weights = weights_of(checkpoint, ema=True)
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         weights = from_official_pyramid(weights)
         own = self.state_dict()
-        left_out = {name for name in weights if name not in own and self._does_without(name)}
+        left_out = {name for name in weights if name not in own and self._not_needed(name)}
         given = {name: tensor for name, tensor in weights.items() if name not in left_out}
         problems = differences(own, given)
         new = {name for name in problems["missing"] if name.startswith("out_norms.")}
@@ -127,7 +136,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
             logger="current",
         )
 
-    def _does_without(self, name: str) -> bool:
+    def _not_needed(self, name: str) -> bool:
         stage = re.match(r"stages\.(\d+)\.", name)
         return name.startswith(("head.", "norm.", "out_norms.")) or bool(stage and int(stage[1]) >= len(self.stages))
 
@@ -136,16 +145,12 @@ def parts(names: set[str]) -> str:
     return ", ".join(sorted({re.match(r"(stages|out_norms)\.\d+|\w+", name)[0] for name in names})) or "none"
 
 
-def from_official_pyramid(weights: StateDict) -> StateDict:
-    """Names of a classifier in any known format to ours; ``norm{0,2,4,6}``: the levels of the official detectors."""
-    return {
-        re.sub(r"^norm([0246])\.", lambda match: f"out_norms.{int(match[1]) // 2}.", name): tensor
-        for name, tensor in FROM[recognised(weights) or "ours"](weights).items()
+def weights_for(model: nn.Module, checkpoint: dict) -> StateDict:
+    """The weights in a checkpoint of a detector or segmentor, also an official one, under the names of ``model``."""
+    weights = {
+        name.removeprefix("module."): tensor for name, tensor in checkpoint.get("state_dict", checkpoint).items()
     }
-
-
-def rename_official(module: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
-    """Rename in place what the official detectors and segmentors call otherwise, under ``prefix`` in ``state_dict``."""
-    theirs = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    ours = from_official_pyramid({name.removeprefix(prefix): tensor for name, tensor in theirs.items()})
-    state_dict.update({prefix + name: tensor for name, tensor in ours.items()})
+    for name, module in model.named_modules():
+        if isinstance(module, MetaFormerBackbone):
+            rename_official(module, weights, f"{name}.")
+    return weights

@@ -1,4 +1,4 @@
-"""What the data sets of both toolboxes have in common: bad data end in a sentence that names the file."""
+"""Checks that the data sets of mmdet and mmseg share: bad data end in one sentence that names the file."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,8 +7,22 @@ from typing import Any
 from metaformer.errors import InputError
 
 
-class NamesBadFiles:
-    """Mixed into a data set of mmengine: an error while a sample is made names the picture."""
+class CheckedDataset:
+    """Mixed into a data set of mmengine. An error while a sample is made names the picture.
+
+    Raises:
+        InputError: ``classes`` is one text instead of several names, or a picture cannot be used.
+    """
+
+    @classmethod
+    def _load_metainfo(cls, metainfo: dict[str, Any] | None = None) -> dict[str, Any]:
+        classes = (metainfo or {}).get("classes")
+        if isinstance(classes, str) and not Path(classes).is_file():
+            raise InputError(
+                f"classes is the text {classes!r}, each letter of which would be a class: write a tuple with a comma, "
+                f"classes=({classes!r},)"
+            )
+        return super()._load_metainfo(metainfo)
 
     def prepare_data(self, idx: int) -> Any:
         try:
@@ -20,8 +34,14 @@ class NamesBadFiles:
             raise InputError(f"cannot use {self.get_data_info(idx)['img_path']}: {reason}") from error
 
 
+def first_sample(data: dict[str, Any]) -> Any:
+    """The data sample of one picture; test-time augmentation makes several of it."""
+    samples = data["data_samples"]
+    return samples[0] if isinstance(samples, list) else samples
+
+
 def check_there(paths: Iterable[str], listed_in: str) -> None:
-    """Raise unless every file is there. Each folder is read once: COCO has 118K pictures, on a disk far away."""
+    """Raise unless every file exists. Each folder is listed once, since COCO has 118,000 pictures."""
     names: dict[Path, set[str]] = {}
     missing = []
     for path in map(Path, paths):

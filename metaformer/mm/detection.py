@@ -1,27 +1,57 @@
-"""For mmdet's configs: ``custom_imports = dict(imports=['metaformer.mm.detection'])``."""
+"""Registers the backbone, the hooks and data sets for mmdet: ``custom_imports = dict(imports=[...])`` names it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO
 from mmengine.registry import DATASETS
 
-import metaformer.mm  # noqa: F401  (registers the backbone and the hooks)
 from metaformer.errors import InputError
-from metaformer.mm.data import NamesBadFiles, check_there
+from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
+from metaformer.mm.data import CheckedDataset, check_there, first_sample
 
 COCO_PAGE = "https://cocodataset.org/#download"
 
 
+class CheckedCoco(COCO):
+    """An annotation file whose categories must be the classes asked for, in the same order.
+
+    mmdet numbers the classes it finds 0, 1, ... in the order of the file, whatever the order of ``classes``.
+    """
+
+    def __init__(self, annotation_file: str):
+        super().__init__(annotation_file)
+        self.path = annotation_file
+
+    def get_cat_ids(self, cat_names: tuple[str, ...]) -> list[int]:
+        ids, asked = super().get_cat_ids(cat_names), list(cat_names)
+        found = [category["name"] for category in self.load_cats(ids)]
+        if sorted(found) != sorted(asked):
+            raise InputError(
+                f"{self.path} has {len(found)} of the {len(asked)} classes asked for: name each of its classes once "
+                "with metainfo=dict(classes=(...)) of the data set"
+            )
+        if found != asked:
+            raise InputError(
+                f"{self.path} lists the classes in another order than metainfo, and mmdet numbers them in the order of "
+                f"the file: use metainfo=dict(classes=({', '.join(map(repr, found))})) in all data sets"
+            )
+        return ids
+
+
 @DATASETS.register_module()
-class CheckedCocoDataset(NamesBadFiles, CocoDataset):
-    """mmdet's ``CocoDataset``; wrong data end before training starts, in a sentence.
+class CheckedCocoDataset(CheckedDataset, CocoDataset):
+    """mmdet's ``CocoDataset``, which refuses bad data before training starts.
 
     Raises:
-        InputError: no annotation file, or a damaged one; classes that it does not have; pictures that are not there;
-            none left to train on; boxes without masks where the pipeline loads masks.
+        InputError: the annotation file is missing, damaged, or has other classes; a picture is missing; no picture has
+            a box; boxes have no masks although the pipeline loads masks. While samples are made: a picture has another
+            size than its annotation says.
     """
+
+    COCOAPI = CheckedCoco
 
     def load_data_list(self) -> list[dict[str, Any]]:
         if not Path(self.ann_file).is_file():
@@ -34,17 +64,16 @@ class CheckedCocoDataset(NamesBadFiles, CocoDataset):
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{self.ann_file} is not an annotation file in COCO's format ({reason})") from error
-        # mmdet gives the classes it finds the labels 0, 1, ..., so that one class too few shifts all after it.
-        if len(self.cat_ids) != len(self.metainfo["classes"]):
-            raise InputError(
-                f"{self.ann_file} has {len(self.cat_ids)} of the {len(self.metainfo['classes'])} classes asked for: "
-                "name those it has with metainfo=dict(classes=(...)) of the data set"
-            )
         if not data:
             raise InputError(f"{self.ann_file} lists no picture")
         check_there((info["img_path"] for info in data), str(self.ann_file))
         if any(getattr(step, "with_mask", False) for step in self.pipeline.transforms):
-            check_masks(data, str(self.ann_file))
+            without = [info["img_path"] for info in data if any("mask" not in box for box in info["instances"])]
+            if without:
+                raise InputError(
+                    f"{self.ann_file} has boxes without a mask ('segmentation') in {len(without)} of {len(data)} "
+                    f"pictures, first in {without[0]}: Mask R-CNN needs them, RetinaNet does not"
+                )
         return data
 
     def filter_data(self) -> list[dict[str, Any]]:
@@ -53,11 +82,14 @@ class CheckedCocoDataset(NamesBadFiles, CocoDataset):
             raise InputError(f"{self.ann_file} has no picture with a box of the classes asked for")
         return data
 
-
-def check_masks(data: list[dict[str, Any]], ann_file: str) -> None:
-    without = [info["img_path"] for info in data if any("mask" not in instance for instance in info["instances"])]
-    if without:
-        raise InputError(
-            f"{ann_file} has boxes without a mask ('segmentation') in {len(without)} of {len(data)} pictures, first in "
-            f"{without[0]}: Mask R-CNN needs them, RetinaNet does not"
-        )
+    def prepare_data(self, idx: int) -> dict[str, Any] | None:
+        data = super().prepare_data(idx)
+        info = self.get_data_info(idx)
+        height, width = info["height"], info["width"]
+        if data is not None and first_sample(data).metainfo.get("ori_shape", (height, width)) != (height, width):
+            is_height, is_width = first_sample(data).ori_shape
+            raise InputError(
+                f"{info['img_path']} has {is_width} x {is_height} pixels, but {self.ann_file} says {width} x {height}: "
+                "its boxes would be in the wrong place"
+            )
+        return data

@@ -1,50 +1,70 @@
-"""Hooks for mmengine's Runner: nothing loaded in part, no training on NaN, a record of each test."""
+"""Hooks for mmengine's Runner: nothing is loaded in part, classes match, no training on NaN, results are recorded."""
 
+import importlib
 import logging
 import math
+import shlex
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.optim.scheduler.param_scheduler import INF
+from mmengine.registry import DATASETS, HOOKS
+from mmengine.runner import BaseLoop, Runner
+from mmengine.utils import to_2tuple
 from torch import nn
 
 from metaformer.errors import InputError
-from metaformer.mm.checkpoint import check_weights, weights_for
+from metaformer.mm.backbone import weights_for
+from metaformer.mm.checkpoint import check_weights
 from metaformer.provenance import provenance, sha256, write_json
 from metaformer.weights import differences, listed
 
 
 @HOOKS.register_module()
 class WholeCheckpoint(Hook):
-    """Refuses a checkpoint of another model, of which mmengine would load what fits and pass over the rest.
+    """Refuses a checkpoint of another model, of which mmengine would load what fits, or of other classes.
 
-    To fine-tune (``load_from`` without resuming) the heads may differ, as for other classes; what does is logged.
+    For fine-tuning (``load_from`` without ``resume``) heads and classes may differ, and the log says how.
     """
+
+    def __init__(self) -> None:
+        # A config that replaces the custom_imports of ours may not name it.
+        importlib.import_module("metaformer.mm.patch_mmengine")
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = bare(runner.model)
         weights = weights_for(model, checkpoint)
         source = str(runner._load_from or runner.work_dir)
-        in_training = not isinstance(runner._train_loop, dict | None)
+        in_training = isinstance(runner._train_loop, BaseLoop)
+        loader = runner.train_dataloader if in_training else runner.test_dataloader
+        classes = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
+        other_classes = different_classes(loader.dataset.metainfo["classes"], classes) if classes else None
         if not in_training or runner._resume:
             check_weights(model, weights, source)
+            if other_classes:
+                raise InputError(f"{source} was trained on other classes than the config has: {other_classes}")
             return
         check_weights(model, weights, source, part="backbone.")
         problems = differences(model.state_dict(), weights)
         if any(problems.values()):
             print_log(f"{source}: not loaded are {listed(problems)}", logger="current", level=logging.WARNING)
+        elif other_classes:
+            message = f"{source}: the heads start from weights for other classes: {other_classes}"
+            print_log(message, logger="current", level=logging.WARNING)
 
 
 @HOOKS.register_module()
 class FiniteLoss(Hook):
-    """Stops at the first loss that is not finite, before a checkpoint is made of it."""
+    """Stops at the first loss that is not finite, before a checkpoint of these weights is written."""
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -59,98 +79,152 @@ class FiniteLoss(Hook):
 
 @HOOKS.register_module()
 class SameClasses(Hook):
-    """Refuses a head for another number of classes than the data set has."""
+    """Refuses heads for another number of classes, data sets with other classes, and an evaluator of other data."""
 
     def before_train(self, runner: Runner) -> None:
-        self._check(runner, runner.train_dataloader.dataset)
+        classes = runner.train_dataloader.dataset.metainfo["classes"]
+        check_heads(runner.model, classes)
+        check_crops(runner)
+        check_schedule(runner)
+        for split in ("val", "test"):
+            loader = runner.cfg.get(f"{split}_dataloader")
+            if loader:
+                check_evaluator(runner.cfg, split)
+                theirs = DATASETS.build({**loader.dataset, "lazy_init": True}).metainfo["classes"]
+                if difference := different_classes(classes, theirs):
+                    raise InputError(
+                        f"{split}_dataloader has other classes than train_dataloader: {difference}; give both the same "
+                        "metainfo=dict(classes=(...))"
+                    )
 
     def before_test_epoch(self, runner: Runner) -> None:
-        self._check(runner, runner.test_dataloader.dataset)
+        check_evaluator(runner.cfg, "test")
+        check_heads(runner.model, runner.test_dataloader.dataset.metainfo["classes"])
 
-    def _check(self, runner: Runner, dataset: Any) -> None:
-        classes = len(dataset.metainfo["classes"])
-        for name, head in bare(runner.model).named_modules():
-            known = getattr(head, "num_classes", None)
-            if name.endswith("_head") and "rpn" not in name and known not in (None, classes):
-                raise InputError(
-                    f"model.{name} predicts {known} classes, but the data set has {classes}: "
-                    f"use --cfg-options model.{name}.num_classes={classes}"
-                )
+
+def different_classes(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Where two lists of class names differ, as a phrase; empty if they are equal in names and order."""
+    for i, (our, their) in enumerate(zip_longest(ours, theirs)):
+        if our != their:
+            return f"class {i} is {our!r} of {len(ours)} here and {their!r} of {len(theirs)} there"
+    return ""
+
+
+def check_heads(model: nn.Module, classes: Sequence[str]) -> None:
+    for name, head in bare(model).named_modules():
+        known = getattr(head, "num_classes", None)
+        if name.endswith("_head") and "rpn" not in name and known not in (None, len(classes)):
+            raise InputError(
+                f"model.{name} predicts {known} classes, but the data set has {len(classes)}: "
+                f"use --cfg-options model.{name}.num_classes={len(classes)}"
+            )
+
+
+def check_crops(runner: Runner) -> None:
+    """Raise if batches are padded to another size than that of the crops: most of a batch could be padding."""
+    size = getattr(bare(runner.model).data_preprocessor, "size", None)
+    for step in runner.cfg.train_dataloader.dataset.get("pipeline", []):
+        crop = step["type"] == "RandomCrop" and tuple(to_2tuple(step["crop_size"]))
+        if size and crop and crop != tuple(size):
+            raise InputError(
+                f"the pipeline makes crops of {crop}, but model.data_preprocessor.size is {tuple(size)}: give both the "
+                "same"
+            )
+
+
+def check_schedule(runner: Runner) -> None:
+    """Warn of a schedule for a longer training: a warm-up longer than it keeps the learning rate low throughout."""
+    for scheduler in runner.param_schedulers if isinstance(runner.param_schedulers, list) else []:
+        loop, unit = runner.train_loop, "epochs" if scheduler.by_epoch else "iterations"
+        length = loop.max_epochs if scheduler.by_epoch else loop.max_iters
+        if length < scheduler.end < INF:
+            message = f"{type(scheduler).__name__} of param_scheduler ends after {scheduler.end} {unit}, training after"
+            print_log(f"{message} {length}: set its end", logger="current", level=logging.WARNING)
+
+
+def check_evaluator(config: Config, split: str) -> None:
+    """Raise unless an evaluator with an annotation file of its own has that of the data set."""
+    evaluators, dataset = config[f"{split}_evaluator"], config[f"{split}_dataloader"].dataset
+    ours = dataset.get("ann_file") and Path(dataset.get("data_root") or "", dataset.ann_file)
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        theirs = evaluator.get("ann_file")
+        if ours and theirs and Path(theirs).resolve() != ours.resolve():
+            raise InputError(
+                f"{split}_evaluator.ann_file is {theirs}, but {split}_dataloader reads {ours}: give both the same"
+            )
 
 
 @HOOKS.register_module()
 class ResultRecord(Hook):
-    """Writes what a run measured, with its provenance, to its log folder.
+    """Writes the measurements of a run with their provenance to its log folder.
 
-    ``result.json`` holds the figures of a test, ``training.json`` the speed of a training run.
+    ``result.json`` has the metrics of a test, ``training.json`` the speed of a training run.
     """
 
-    priority = "VERY_LOW"  # after they are printed, so that a full disk does not take them along
+    priority = "VERY_LOW"  # after the metrics are printed, so that a full disk does not lose them
 
     def before_run(self, runner: Runner) -> None:
         self.provenance = provenance()
+        self.provenance["command"] = mim_command() or self.provenance["command"]
 
     def after_train(self, runner: Runner) -> None:
-        if not is_main_process():
-            return
-        loop, config = runner.train_loop, runner.cfg.train_dataloader
         times, _ = runner.message_hub.get_scalar("train/time").data
-        images = config.batch_size * runner.world_size
+        batch = runner.cfg.train_dataloader.batch_size * runner.world_size
+        loop = runner.train_loop
         record = {
             "kind": "training",
             "status": "finished",
-            "model": Path(runner.cfg.filename).stem,
-            "data": data_of(runner.train_dataloader.dataset, config.dataset),
             "devices": runner.world_size,
-            "images_per_s": images / float(np.median(times)),
+            "images_per_s": batch / float(np.median(times)),
             "seed": runner.seed,
-            "settings": {
-                "batch": images,
-                "epochs": loop.max_epochs,
-                "iterations": loop.max_iters,
-                "pipeline": [dict(step) for step in config.dataset.pipeline],
-            },
+            "settings": {"batch": batch, "epochs": loop.max_epochs, "iterations": loop.max_iters},
             "starts": [self.provenance],
         }
-        self._write(runner, "training.json", record)
+        self._write(runner, "training.json", record, runner.cfg.train_dataloader.dataset, loop.dataloader.dataset)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        if not is_main_process():
-            return
-        config = runner.cfg
-        checkpoint = Path(runner._load_from).expanduser() if runner._load_from else None
+        checkpoint = Path(runner._load_from or "").expanduser()
+        digest = sha256(checkpoint) if checkpoint.is_file() else None
+        gpus = runner.world_size if torch.cuda.is_available() else 0
         record = {
-            "kind": {"mmdet": "detection", "mmseg": "segmentation"}[config.default_scope],
-            "model": Path(config.filename).stem,
-            "checkpoint": None
-            if checkpoint is None
-            else {"file": checkpoint.name, "sha256": sha256(checkpoint) if checkpoint.is_file() else None},
-            "data": data_of(runner.test_dataloader.dataset, config.test_dataloader.dataset),
-            "settings": {
-                "pipeline": [dict(step) for step in config.test_dataloader.dataset.pipeline],
-                "seed": runner.seed,
-                "gpus": runner.world_size if torch.cuda.is_available() else 0,
-            },
+            "kind": {"mmdet": "detection", "mmseg": "segmentation"}[runner.cfg.default_scope],
+            "checkpoint": {"file": checkpoint.name, "sha256": digest} if runner._load_from else None,
+            "settings": {"seed": runner.seed, "gpus": gpus},
             "metrics": {name: float(value) for name, value in metrics.items()},
             **self.provenance,
         }
-        self._write(runner, "result.json", record)
+        dataset = runner.test_dataloader.dataset
+        self._write(runner, "result.json", record, runner.cfg.test_dataloader.dataset, dataset)
 
-    def _write(self, runner: Runner, name: str, record: dict[str, Any]) -> None:
+    def _write(self, runner: Runner, name: str, record: dict[str, Any], config: ConfigDict, dataset: Any) -> None:
+        if not is_main_process():
+            return
+        record["model"] = Path(runner.cfg.filename).stem
+        record["settings"]["pipeline"] = [dict(step) for step in config.get("pipeline", [])]
+        record["data"] = {
+            "name": type(dataset).__name__,
+            "data_dir": str(getattr(dataset, "data_root", "")),
+            "annotations": str(config.get("ann_file", "")),
+            "images": len(dataset),
+            "classes": len(dataset.metainfo["classes"]),
+        }
         path = Path(runner.log_dir) / name
         write_json(path, record)
         print_log(f"result record: {path}", logger="current")
 
 
-def data_of(dataset: Any, config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": type(dataset).__name__,
-        "data_dir": str(dataset.data_root),
-        "annotations": str(config.get("ann_file", "")),
-        "images": len(dataset),
-        "classes": len(dataset.metainfo["classes"]),
-    }
+def mim_command() -> str | None:
+    """The ``mim`` command as it was typed, from the processes that started this one; None without mim or /proc."""
+    process = Path("/proc/self")
+    while (process / "cmdline").is_file():
+        words = (process / "cmdline").read_text().split("\0")[:-1]
+        if len(words) > 1 and Path(words[1]).name == "mim":
+            return shlex.join(["mim", *words[2:]])
+        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        process = process.with_name(parent)
+    return None
 
 
 def bare(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for several devices or for test-time augmentation."""
     return model.module if is_model_wrapper(model) or isinstance(model, BaseTTAModel) else model

@@ -1,7 +1,6 @@
-"""Draw what a trained detector or segmentor finds in pictures; the commands are in detection/ and segmentation/."""
+"""Draw the predictions of a detector or segmentor into pictures. The commands are in detection/ and segmentation/."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,20 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from metaformer.errors import InputError
-from metaformer.mm.checkpoint import check_weights, weights_for
+from metaformer.mm.backbone import weights_for
+from metaformer.mm.checkpoint import check_weights, load_from_path_or_url
 
 
 def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
-    """The model of ``config`` with all the weights of ``checkpoint``, in evaluation mode.
+    """Build the model of ``config`` with all the weights of ``checkpoint``, in evaluation mode.
+
+    Its ``dataset_meta`` has the class names of the checkpoint, or those of the config if the checkpoint has none.
 
     Raises:
-        InputError: no such file, or a checkpoint of another model.
+        InputError: a file does not exist, or the checkpoint holds another model.
     """
     if not Path(config).is_file():
         raise InputError(f"there is no config {config}")
@@ -31,7 +32,7 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
     settings.model.backbone.init_cfg = None
     init_default_scope(settings.default_scope)
     model = revert_sync_batchnorm(MODELS.build(settings.model))
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
+    loaded = load_from_path_or_url(checkpoint)
     weights = weights_for(model, loaded)
     check_weights(model, weights, checkpoint)
     model.load_state_dict(weights)
@@ -44,32 +45,35 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
     return model.to(device).eval()
 
 
-def predict(infer: Callable[[nn.Module, str], Any], drawing: dict[str, Any]) -> None:
-    """The command: ``CONFIG CHECKPOINT PICTURE...``.
+def predict(description: str, infer: Callable, **drawing: Any) -> None:
+    """The command ``predict.py CONFIG CHECKPOINT PICTURE...``: writes ``NAME.png`` for each picture, and prints that.
 
     Args:
-        infer: the toolbox's function from a model and a picture's path to a data sample.
-        drawing: arguments for the toolbox's visualizer.
+        infer: the toolbox's function from a model and the path of a picture to a data sample.
+        drawing: arguments of the visualizer's ``add_datasample``.
     """
-    parser = argparse.ArgumentParser(prog=f"python {sys.argv[0]}")
-    parser.add_argument("config", help="the config, or what training copied it to: work_dirs/NAME/NAME.py")
-    parser.add_argument("checkpoint")
-    parser.add_argument("pictures", nargs="+", metavar="picture")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="config that the model was trained with, or its copy work_dirs/NAME/NAME.py")
+    parser.add_argument("checkpoint", help="path or http(s) address of a checkpoint of this config")
+    parser.add_argument("pictures", nargs="+", metavar="picture", help="path of a picture in any format of OpenCV")
+    parser.add_argument("--out", default="predictions", help="folder to write to (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     arguments = parser.parse_args()
-    missing = [picture for picture in arguments.pictures if not Path(picture).is_file()]
-    if missing:
-        raise InputError(f"there is no picture {missing[0]}")
-    model = load_model(arguments.config, arguments.checkpoint, arguments.device)
+    targets = {picture: Path(arguments.out, f"{Path(picture).stem}.png") for picture in arguments.pictures}
+    for picture, path in targets.items():
+        if not Path(picture).is_file():
+            raise InputError(f"there is no picture {picture}")
+        if list(targets.values()).count(path) > 1 or path.resolve() == Path(picture).resolve():
+            raise InputError(f"{path}, the drawing of {picture}, would overwrite another picture: use another --out")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(arguments.config, arguments.checkpoint, device)
     visualizer = VISUALIZERS.build({**model.cfg.visualizer, "vis_backends": None})
     visualizer.dataset_meta = model.dataset_meta
-    for picture in arguments.pictures:
+    for picture, path in targets.items():
         image = mmcv.imread(picture)
         if image is None:
             raise InputError(f"{picture} is not a picture")
-        path = arguments.out / f"{Path(picture).stem}.png"
-        sample = infer(model, picture)
         rgb = np.ascontiguousarray(image[..., ::-1])
+        sample = infer(model, picture)
         visualizer.add_datasample(picture, rgb, sample, draw_gt=False, out_file=str(path), **drawing)
         print(path)

@@ -1,4 +1,4 @@
-"""For mmseg's configs: ``custom_imports = dict(imports=['metaformer.mm.segmentation'])``."""
+"""Registers the backbone, the hooks and data sets for mmseg: ``custom_imports = dict(imports=[...])`` names it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,19 @@ from mmengine.registry import DATASETS
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from PIL import Image
 
-import metaformer.mm  # noqa: F401  (registers the backbone and the hooks)
 from metaformer.errors import InputError
-from metaformer.mm.data import NamesBadFiles, check_there
+from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
+from metaformer.mm.data import CheckedDataset, check_there, first_sample
 
 ADE20K_PAGE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 
 
-class CheckedSegmentation(NamesBadFiles):
-    """Mixed into a data set of mmseg: wrong data end in a sentence.
+class CheckedSegmentation(CheckedDataset):
+    """Mixed into a data set of mmseg, which then refuses bad data.
 
     Raises:
-        InputError: no folder, no picture in it, a picture without its label map; while samples are made, a file that
-            is not what it should be, a label outside the classes.
+        InputError: a folder, a picture or the label map of a picture is missing. While samples are made: a label map is
+            not one byte per pixel, has another size than its picture, or a label outside the classes.
     """
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -38,33 +38,42 @@ class CheckedSegmentation(NamesBadFiles):
 
     def prepare_data(self, idx: int) -> dict[str, Any]:
         info = self.get_data_info(idx)
-        if "seg_map_path" in info:
-            check_label_map(info["seg_map_path"])
-        sample = super().prepare_data(idx)
-        truth = sample["data_samples"].get("gt_sem_seg")
+        path = info.get("seg_map_path")
+        size = label_map_size(path) if path else None
+        data = super().prepare_data(idx)
+        sample = first_sample(data)
+        if size and size != sample.metainfo.get("ori_shape", size):
+            raise InputError(f"{path} has another size (height, width) {size} than its picture, {sample.ori_shape}")
+        truth = sample.get("gt_sem_seg")
         classes = len(self.metainfo["classes"])
         if truth is not None:
             labels = truth.data[truth.data != self.ignore_index]
             if labels.numel() and labels.max() >= classes:
                 shift = " after reduce_zero_label" if self.reduce_zero_label else ""
                 raise InputError(
-                    f"{info['seg_map_path']} has the label {labels.max().item()}{shift}, but the "
-                    f"{classes} classes have the labels 0 to {classes - 1}, and {self.ignore_index} is ignored"
+                    f"{path} has the label {labels.max().item()}{shift}, but the {classes} classes have the labels "
+                    f"0 to {classes - 1}, and {self.ignore_index} is ignored"
                 )
-        return sample
+        return data
 
 
-def check_label_map(path: str) -> None:
-    """Raise unless the file holds a byte for each pixel: mmseg cuts more to a byte in silence, and takes colours."""
+def label_map_size(path: str) -> tuple[int, int]:
+    """Height and width of a label map.
+
+    Raises:
+        InputError: the file is not a picture with one byte per pixel. mmseg would truncate 16-bit labels and read
+            colours as labels.
+    """
     try:
         with Image.open(path) as labels:
-            mode = labels.mode
+            mode, (width, height) = labels.mode, labels.size
     except OSError as error:
         raise InputError(f"{path} is not a picture of labels: {error}") from error
     if mode not in ("L", "P"):
         raise InputError(
             f"{path} has pixels of the kind {mode}: a label map has one byte for each (L, or P for a palette)"
         )
+    return height, width
 
 
 @DATASETS.register_module()

@@ -1,28 +1,31 @@
 """Statistics of small studies (classification/ablate.py): means over seeds, differences, and statements about them.
 
-The figure of a run is the top-1 of its last epoch, chosen in advance, since the best of all epochs would be chosen on
-the pictures that it is measured on. That of a run that diverged is the top-1 of guessing.
+The figure of a run is the top-1 of its last epoch. This is fixed in advance, because the best epoch would be chosen on
+the pictures that it is measured on. A run that diverged counts with the top-1 of guessing.
 
 Intervals are of 95 %, by Student's t with the variances of the rows kept apart (Welch): for a weighted sum of means
 m = sum of w_i m_i, of rows with n_i runs of variance v_i, the variance is V = sum of (a_i = w_i^2 v_i / n_i), with
-V^2 / sum of (a_i^2 / (n_i - 1)) degrees of freedom. Each interval stands for itself; nothing is corrected for their
-number.
+V^2 / sum of (a_i^2 / (n_i - 1)) degrees of freedom. Few seeds can agree by chance, and runs that guess agree exactly.
+So v_i is the sample variance, but not less than the binomial variance p (1 - p) / N of an accuracy p on N validation
+images (with at least one image right and one wrong). Nothing is corrected for the number of intervals.
 """
 
 import math
 from functools import cache
+from pathlib import Path
 from statistics import mean, variance
 from typing import Any, NamedTuple
 
 import yaml
 from scipy import stats
 
-from metaformer.analysis.count import ROOT
 from metaformer.errors import InputError
-from metaformer.records import Training
+from metaformer.records.schema import Training
 from metaformer.training.config import check
-from metaformer.training.study import ROWS, Study, read_study
+from metaformer.training.study import Study, read_study
+from metaformer.variants import ROWS
 
+STATEMENTS = Path(__file__).resolve().parents[2] / "analysis/statements.yaml"
 CONFIDENCE = 0.95
 CONSTANTS = ("chance", "point")
 """What a test may name beside rows."""
@@ -34,9 +37,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
 class Results:
@@ -77,13 +77,17 @@ class Results:
             if len(values) < 2:
                 return None
             total += weight * mean(values)
-            parts.append((weight**2 * variance(values) / len(values), len(values) - 1))
+            parts.append((weight**2 * self.variance(values) / len(values), len(values) - 1))
         whole = sum(part for part, _ in parts)
-        if whole == 0:
-            return Interval(total, total, total)
         freedom = whole**2 / sum(part**2 / of for part, of in parts)
         half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(whole)
         return Interval(total, total - half, total + half)
+
+    def variance(self, values: list[float]) -> float:
+        """Of a row's runs, in squared percentage points: at least that of a count of validation images."""
+        images = self.study.data.val_images
+        share = min(max(mean(values) / 100, 1 / images), 1 - 1 / images)
+        return max(variance(values), 100**2 * share * (1 - share) / images)
 
     def judge(self, tests: list[Weights]) -> tuple[str, list[Interval | None]]:
         """``holds``, ``fails``, ``undecided`` or ``not run``, and the sums."""
@@ -97,12 +101,15 @@ class Results:
     def rank_correlation(self, paper: dict[str, float]) -> tuple[int, Interval | None]:
         """Spearman's between the paper's top-1 of the rows and the means here: number of rows, and the coefficient.
 
-        The interval is Bonett and Wright's: Fisher's z with variance (1 + r^2 / 2) / (n - 3). ``None`` below four rows.
+        The interval is Bonett and Wright's: Fisher's z with variance (1 + r^2 / 2) / (n - 3). ``None`` below four rows,
+        or if one side is the same for all of them.
         """
         rows = [row for row in paper if row in self.top1]
         if len(rows) < 4:
             return len(rows), None
         here = [mean(self.top1[row].values()) for row in rows]
+        if len({*here}) == 1 or len({paper[row] for row in rows}) == 1:
+            return len(rows), None  # ranks that are all tied have no correlation
         r = float(stats.spearmanr([paper[row] for row in rows], here).statistic)
         if abs(r) > 1 - 1e-9:
             return len(rows), Interval(r, r, r)
@@ -115,21 +122,19 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
     settings, row = record.settings, record.settings.row
     if row not in ROWS:
         raise InputError(f"{name} has a record of row {row!r}, which ablate.py does not know")
-    expected = check({**study.recipe, **ROWS[row]}, source=name).model_dump(mode="json")
-    for key in {**study.recipe, **ROWS[row]}:
-        if getattr(settings, key, None) != expected[key]:
+    recipe = {**study.recipe, **ROWS[row]}
+    expected = check(recipe, source=name).model_dump(mode="json")
+    fields = {key: (getattr(settings, key, None), expected[key]) for key in recipe}
+    fields |= {f"data.{what}": (getattr(record.data, what, None), number) for what, number in study.data}
+    fields["skipped pictures"] = sum(record.skipped.values()), 0
+    for field, (found, planned) in fields.items():
+        if found != planned:
             raise InputError(
-                f"{name} has a record of row {row}, seed {record.seed} with {key}={getattr(settings, key, None)}, and "
-                f"the study has {expected[key]}: it is of another recipe, take it out"
-            )
-    for what, number in study.data:
-        if getattr(record.data, what) != number:
-            raise InputError(
-                f"{name} has a record of row {row}, seed {record.seed} on {getattr(record.data, what)} {what}, and the "
-                f"study has {number}: take it out"
+                f"{name} has a record of row {row}, seed {record.seed} with {field}={found}, and the study has "
+                f"{planned}: it is of another recipe or of other data, take it out"
             )
 
 
 @cache
 def statements() -> dict[str, list[dict[str, Any]]]:
-    return yaml.safe_load((ROOT / "analysis/statements.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(STATEMENTS.read_text(encoding="utf-8"))

@@ -2,42 +2,96 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import ImageNetInfo, resolve_data_config
 from torch import Tensor, nn
 
 import metaformer
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError
+from metaformer.formats import recognised
 from metaformer.provenance import sha256
-from metaformer.training.config import Config
+from metaformer.training.config import Config, check
 from metaformer.variants import released_file
-from metaformer.weights import load_state, read_checkpoint, weights_of
+from metaformer.weights import Opened, load_state, read_checkpoint, weights_of
+from metaformer.weights.described import described
+from metaformer.weights.files import locate
+from metaformer.weights.loading import classifiers
+from metaformer.weights.opener import arguments_of, create
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The model of ``config`` with its released weights, those of ``checkpoint``, or fresh ones."""
-    if not timm.is_model(config.model):
-        raise InputError(f"there is no model {config.model!r}{nearest(config.model, timm.list_models())}")
-    # timm hands on what is not None: a model without drop path need not know the word.
-    arguments = {"drop_path_rate": config.drop_path or None, "drop_rate": config.drop or None}
-    if config.model in metaformer.VARIANTS:
-        arguments["img_size"] = config.img_size  # for token mixers that fix the number of tokens
-    try:
-        model = timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=num_classes, **{**arguments, **config.model_args}
-        )
-    except TypeError as error:
-        raise InputError(f"{config.model} does not take these arguments: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if not config.pretrained:
-            raise
-        raise InputError(f"cannot fetch the released weights of {config.model}: {error}") from error
-    if config.checkpoint:
-        weights = weights_of(read_checkpoint(config.checkpoint), ema=True)
-        load_state(model, weights, config.checkpoint, config.replace_head)
+def build_model(config: Config, num_classes: int, class_names: list[str] | None = None) -> nn.Module:
+    """The model of ``config`` with its released weights, those of ``config.checkpoint``, or fresh ones.
+
+    Args:
+        class_names: of the data, in the order of their labels. The classifier of ``config.checkpoint`` is put into this
+            order; with ``replace_head`` it gives way to a new one where its classes have other names.
+
+    Raises:
+        InputError: no such model, arguments that it does not take, or a checkpoint that does not fit.
+    """
+    model = create(config.model, num_classes, arguments_of(config.model, dict(config)), config.pretrained)
+    if not config.checkpoint:
+        return model
+    checkpoint = read_checkpoint(config.checkpoint)
+    weights = weights_of(checkpoint)
+    load_state(model, weights, config.checkpoint, config.replace_head)
+    trained = described(locate(config.checkpoint), checkpoint, recognised(weights)).get("class_names")
+    if config.replace_head and trained and class_names and set(trained) != set(class_names):
+        model.reset_classifier(num_classes)
+    elif order := class_order(trained, class_names, config.checkpoint):
+        for name in classifiers(model):
+            for parameter in model.get_submodule(name).parameters():
+                parameter.data = parameter.data[order]
     return model
+
+
+def class_order(trained: list[str] | None, data: list[str] | None, source: str) -> list[int] | None:
+    """The index among the classes of the checkpoint ``source`` of each class of a data set.
+
+    ``None`` where one of the two does not name its classes, or both have the same order.
+
+    Raises:
+        InputError: the names differ.
+    """
+    if not trained or not data or trained == data:
+        return None
+    imagenet = ImageNetInfo()
+    # Folders have the names of ImageNet's synsets, many checkpoints descriptions, of which lists differ in a few.
+    described = sum(map(str.__eq__, trained, imagenet.label_descriptions())) > 900 and len(trained) == 1000
+    if described and data == imagenet.label_names():
+        return None
+    if set(trained) != set(data) or len(set(data)) < len(data):
+        only = [sorted(set(one) - set(other)) for one, other in ((trained, data), (data, trained))]
+        listed = [f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" or "none" for names in only]
+        raise InputError(
+            f"the data have other classes than {source} was trained on (only in the checkpoint: {listed[0]}; only in "
+            f"the data: {listed[1]})"
+        )
+    return [trained.index(name) for name in data]
+
+
+def settings_of(opened: Opened, overrides: dict[str, Any] | None = None) -> Config:
+    """The settings with which an opened checkpoint is used: of its own run, its input, and ``overrides`` over both.
+
+    Raises:
+        InputError: a setting that does not exist, or images that are no squares.
+    """
+    source, (height, width) = str(opened.path or opened.name), opened.size
+    if height != width:
+        raise InputError(
+            f"{source} takes images of {height} x {width} pixels, and pictures are cropped to squares only"
+        )
+    run = {name: value for name, value in (opened.config or {}).items() if value is not None}
+    own = {
+        "model_args": opened.model_args,
+        "img_size": height,
+        "num_classes": opened.model.num_classes,
+        **opened.inputs,
+    }
+    start = {"model": opened.name, "pretrained": False, "checkpoint": None, "replace_head": False}
+    return check({**own, **run, **(overrides or {}), **start}, source=source)
 
 
 def released_weights(config: Config) -> dict[str, str] | None:
@@ -49,14 +103,14 @@ def released_weights(config: Config) -> dict[str, str] | None:
 
 
 def with_input_of(config: Config, model: nn.Module) -> Config:
-    """The config with what it leaves to the model: normalisation, crop and interpolation of the evaluation."""
+    """The config with the model's own normalisation, crop and interpolation where it gives none."""
     own = resolve_data_config(model=model)
     names = ("crop_pct", "interpolation", "mean", "std")
     return config.model_copy(update={name: own[name] for name in names if getattr(config, name) is None})
 
 
 def normaliser(config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """uint8 images (B, 3, H, W) to normalised float32 ones on the device."""
+    """A function from uint8 images (B, 3, H, W) to normalised float32 ones on the device."""
     mean, std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (config.mean, config.std))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
@@ -75,6 +129,7 @@ def precision_on(config: Config, device: torch.device) -> str:
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    """PyTorch's autocast in the precision of the config; off for float32."""
     precision = precision_on(config, device)
     if precision == "float16" and device.type == "cpu":
         raise InputError("precision=float16 needs a GPU: use float32 or bfloat16 on a CPU")

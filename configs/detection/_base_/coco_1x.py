@@ -1,6 +1,6 @@
 # COCO 2017 and the 1x schedule, shared by RetinaNet and Mask R-CNN (paper: section 4.2). Paper and official configs
 # agree unless a comment says otherwise; "official" is detection/configs of sail-sg/poolformer on mmdet 2.19.
-custom_imports = dict(imports=["metaformer.mm.detection"], allow_failed_imports=False)
+custom_imports = dict(imports=["metaformer.mm.detection", "metaformer.mm.patch_mmengine"], allow_failed_imports=False)
 default_scope = "mmdet"
 
 # Evaluation; the training data are in the detector's file, since only Mask R-CNN loads masks

@@ -1,7 +1,9 @@
 # Semantic FPN on ADE20K, 40,000 iterations (paper: section 4.3). Paper and official configs agree unless a comment says
 # otherwise; "official" is segmentation/configs of sail-sg/poolformer on mmseg 0.19. A config adds the backbone and the
 # pyramid's in_channels.
-custom_imports = dict(imports=["metaformer.mm.segmentation"], allow_failed_imports=False)
+custom_imports = dict(
+    imports=["metaformer.mm.segmentation", "metaformer.mm.patch_mmengine"], allow_failed_imports=False
+)
 default_scope = "mmseg"
 
 model = dict(
@@ -76,6 +78,25 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
+
+# Test-time augmentation, with mim test ... --tta: mmseg's six sizes, each with and without a flip. Not in the paper.
+tta_model = dict(type="SegTTAModel")
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
+                for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+            ],
+            [dict(type="ResizeToMultiple", size_divisor=32)],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations")],  # after the flip: the prediction is flipped back
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
 
 # Schedule
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-4, weight_decay=1e-4))

@@ -1,0 +1,142 @@
+"""Cells of tables: values with their digits and unit. They become text only when a table is rendered."""
+
+from collections import Counter
+from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from statistics import mean, median, stdev
+from typing import Any, NamedTuple
+
+NOTHING = "-"
+NOT_RUN, NOT_MEASURED = "not run", "not measured"
+
+Row = dict[str, Any]
+"""Column heading to cell: text, ``None`` where there is nothing to show, or one of the types below."""
+
+
+def rounded(value: Decimal | float, digits: int) -> Decimal:
+    """``value`` with ``digits`` digits after the point; halves are rounded up."""
+    return Decimal(value).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_HALF_UP)
+
+
+class Number(NamedTuple):
+    value: Decimal | float
+    digits: int = 0
+    unit: str = ""
+    signed: bool = False
+
+    def __str__(self) -> str:
+        sign = "+" if self.signed else ""
+        return f"{rounded(self.value, self.digits):{sign},f}{self.unit and ' '}{self.unit}"
+
+
+def as_printed(figure: float, unit: str = "") -> Number:
+    """A figure of the paper with as many digits as the paper prints: 12 has none, 3.0 has one."""
+    return Number(Decimal(str(figure)), len(str(figure).partition(".")[2]), unit)
+
+
+class Range(NamedTuple):
+    """A value between two bounds: a median with the extremes, or an estimate with its interval."""
+
+    value: float
+    low: float
+    high: float
+    digits: int
+    signed: bool = False
+
+    def __str__(self) -> str:
+        value, low, high = (Number(bound, self.digits, signed=self.signed) for bound in self[:3])
+        return f"{value} ({low} to {high})"
+
+
+def spread(values: Sequence[float], digits: int) -> Range:
+    return Range(median(values), min(values), max(values), digits)
+
+
+class Mean(NamedTuple):
+    """A mean over runs, in percent, with half the width of its interval; ``None`` if there is a single run."""
+
+    value: float
+    margin: float | None
+
+    def __str__(self) -> str:
+        margin = "" if self.margin is None else f" ± {Number(self.margin, 1)}"
+        return f"{Number(self.value, 1)}{margin}"
+
+
+class Accuracy(NamedTuple):
+    """Accuracies in percent by the name of the weights' file: mean and standard deviation where there are several."""
+
+    by_file: dict[str, list[float]]
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{Mean(mean(values), stdev(values))} of {len(values)} runs ({file})"
+            if len(values) > 1
+            else f"{Number(values[0], 1)} ({file})"
+            for file, values in self.by_file.items()
+        )
+
+
+class Measurement(NamedTuple):
+    """The place of a value that must be measured; ``None`` until a record has it."""
+
+    value: Number | Range | Mean | Accuracy | None
+    absent: str = NOT_RUN
+
+    def __str__(self) -> str:
+        return self.absent if self.value is None else str(self.value)
+
+
+class Pair(NamedTuple):
+    """An accuracy as printed in the paper, and as measured here; both are ``None`` where the paper has none."""
+
+    paper: Number | None = None
+    here: Measurement | None = None
+
+    def __str__(self) -> str:
+        return NOTHING if self.paper is None else f"{self.paper} / {self.here}"
+
+
+class Verdict(NamedTuple):
+    """The outcome of a comparison, with the reason.
+
+    A computed figure is equal, explained, unexplained or not built; a claim is true or false; a statement holds, fails,
+    is undecided or not run.
+    """
+
+    kind: str
+    reason: str = ""
+
+
+class Counted(NamedTuple):
+    """A figure as printed in the paper, as counted here, the difference, and whether they agree."""
+
+    paper: Number | None = None
+    counted: Number | None = None
+    difference: Number | None = None
+    verdict: Verdict | None = None
+
+
+class Table(NamedTuple):
+    name: str
+    title: str
+    rows: list[Row]
+    notes: list[str]
+
+    def summary(self) -> str:
+        """One line: how many rows, how many verdicts of each kind, how many measurements are there and missing."""
+        cells = [cell for row in self.rows for cell in row.values()]
+        verdicts = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
+        kinds = Counter(verdict.kind for verdict in verdicts if isinstance(verdict, Verdict))
+        places = [cell.here if isinstance(cell, Pair) else cell for cell in cells]
+        values = [place.value for place in places if isinstance(place, Measurement)]
+        parts = [f"{len(self.rows)} rows"]
+        if computed := sum(kinds[kind] for kind in ("equal", "explained", "unexplained")):
+            detail = ", ".join(f"{kinds[kind]} {kind}" for kind in ("equal", "explained", "unexplained"))
+            parts.append(f"{computed} cells computed ({detail})")
+        others = ("not built", "true", "false", "holds", "fails", "undecided", NOT_RUN)
+        parts += [f"{kinds[kind]} {kind}" for kind in others if kinds[kind]]
+        if values:
+            missing = values.count(None)
+            parts.append(f"{len(values) - missing} measured, {missing} {NOT_RUN}")
+        return f"{self.name}: {'; '.join(parts)}"

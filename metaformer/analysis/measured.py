@@ -1,0 +1,120 @@
+"""The records of analysis/results/, checked against the rows that they are shown in."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metaformer.analysis.cells import Accuracy, Measurement
+from metaformer.analysis.paper import built_rows, key_of, paper, rows_of
+from metaformer.errors import InputError, nearest
+from metaformer.records import Benchmark, Classification, Detection, Record, Segmentation, Training, read_record
+from metaformer.records.statistics import Results
+from metaformer.variants import VARIANTS
+
+Evaluation = Classification | Detection | Segmentation
+Metric = Callable[[Evaluation], float | None]
+
+
+class Measured:
+    """What was measured: single records by their kind, oldest first, and studies by name.
+
+    ``problems`` holds a sentence for each record that cannot be shown.
+    """
+
+    def __init__(self, folder: Path):
+        self.records: dict[str, list[Record]] = defaultdict(list)
+        self.studies: dict[str, Results] = {}
+        self.problems: list[str] = []
+        runs: dict[str, list[Training]] = defaultdict(list)
+        for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*/*.json")):
+            try:
+                record = read_record(path)
+                if isinstance(record, Training) and record.settings.study:
+                    runs[record.settings.study].append(record)
+                    continue
+                if isinstance(record, Evaluation | Training | Benchmark):
+                    check_row(record, path)
+                if record in self.records[record.kind]:
+                    raise InputError(f"{path} holds a record that is there under another name: take one out")
+                self.records[record.kind].append(record)
+            except InputError as error:
+                self.problems.append(str(error))
+        for kind, records in self.records.items():
+            self.records[kind] = latest(sorted(records, key=lambda record: record.date))
+        for name, records in sorted(runs.items()):
+            try:
+                self.studies[name] = Results(name, records)
+            except InputError as error:
+                self.problems.append(str(error))
+
+    def of_model(self, kind: str, build: str) -> list[Record]:
+        """Records of a kind about a model of paper.yaml, oldest first."""
+        return [record for record in self.records[kind] if record.model == key_of(build)]
+
+    def accuracy(self, build: str | None, metric: Metric, epochs: int = 300) -> Measurement:
+        """What ``metric`` finds in the evaluations of a model that was trained for so long, by the weights' file."""
+        by_file: dict[str, list[float]] = defaultdict(list)
+        for kind in ("classification", "detection", "segmentation"):
+            for record in self.of_model(kind, build) if build else []:
+                if epochs_of(record) == epochs and (value := metric(record)) is not None:
+                    by_file[record.checkpoint.file if record.checkpoint else "no checkpoint"].append(value)
+        return Measurement(Accuracy(dict(by_file)) if by_file else None)
+
+
+def latest(records: list[Record]) -> list[Record]:
+    """The last record of each evaluated checkpoint and of each training run; all benchmarks and other records."""
+
+    def identity(record: Record) -> tuple:
+        if isinstance(record, Training):  # imported again after it had gone on
+            return record.model, record.starts[0].date, record.seed
+        if isinstance(record, Evaluation):  # evaluated again, which makes no further run of it
+            return record.model, record.checkpoint and (record.checkpoint.file, record.checkpoint.sha256)
+        return (id(record),)
+
+    return list({identity(record): record for record in records}.values())
+
+
+def epochs_of(record: Evaluation) -> int:
+    """Epochs that the weights were trained for; 300, the paper's, if the record does not tell."""
+    return record.training.epochs if isinstance(record, Classification) and record.training else 300
+
+
+def check_row(record: Evaluation | Training | Benchmark, path: Path) -> None:
+    """Refuse a record that is about another model, data set or input than the rows of the paper.
+
+    Raises:
+        InputError: names the file, the field, and what the table has there.
+    """
+    # The first table that has the model: all figures of Table 5's baseline are Table 2's.
+    places = {key_of(row["build"]): (table, row) for table, row in reversed(list(built_rows()))}
+    if record.model not in places:
+        raise InputError(f"{path}: model {record.model!r} is in no table{nearest(record.model, places)}")
+    table, row = places[record.model]
+    data = paper()[table]["data"]
+    fields: dict[str, tuple[Any, Any]] = {}  # found and expected
+    if isinstance(record, Evaluation):
+        fields["kind"] = record.kind, data["kind"]
+        fields["data.classes"] = record.data.classes, data["classes"]
+        fields["images"] = record.images, data["images"]
+    if data["kind"] == "classification" and isinstance(record, Classification | Training):
+        fields["settings.img_size"] = record.settings.img_size, row.get("image", 224)
+        fields["settings.model_args"] = record.settings.model_args, {}
+    if isinstance(record, Classification) and record.model in VARIANTS and record.settings.crop_pct is not None:
+        fields["settings.crop_pct"] = record.settings.crop_pct, VARIANTS[record.model].crop_pct
+    for field, (found, expected) in fields.items():
+        if found != expected:
+            raise InputError(f"{path}: {field} is {found}, but {table} has {expected}")
+    known = [row["epochs"] for row in rows_of("table7")]
+    if isinstance(record, Evaluation) and epochs_of(record) not in known:
+        epochs = ", ".join(map(str, known))
+        raise InputError(f"{path}: training.epochs is {epochs_of(record)}, but the paper has {epochs}")
+
+
+def top1(record: Classification) -> float:
+    return record.metrics.top1
+
+
+def metric(name: str, scale: float = 1) -> Metric:
+    """What an evaluation has under ``name``, times ``scale``; ``None`` if it has none (mmdet's -1: no such objects)."""
+    return lambda record: scale * record.metrics[name] if record.metrics.get(name, -1) >= 0 else None

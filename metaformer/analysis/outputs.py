@@ -1,0 +1,46 @@
+"""Every file that is generated from data, and what is to be in it: tables, README sections, recipes of Table 5."""
+
+from pathlib import Path
+
+from metaformer.analysis.cells import Table
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.paper import BUILT, ROOT, rows_of
+from metaformer.analysis.readme import sections
+from metaformer.analysis.render import render, with_section
+from metaformer.analysis.speed import cost, loader, speed
+from metaformer.analysis.studies import conclusions, faults, proxy
+from metaformer.analysis.tables import claims, table1, table2, table3, table4, table5, table6, table7
+from metaformer.variants import ABLATIONS, ablation_config
+
+TABLES = {
+    make.__name__: make
+    for make in (
+        *(table1, table2, table3, table4, table5, table6, table7),
+        *(claims, cost, speed, loader, proxy, conclusions, faults),
+    )
+}
+"""Each makes a :class:`Table` of what was :class:`Measured`; its name is that of the files."""
+
+
+def builds_of(tables: list[str]) -> list[str]:
+    """The models that these tables count, each once."""
+    counted = {name: (name,) for name in BUILT} | {"claims": ("table2", "table5")}
+    rows = [row for name in tables for table in counted.get(name, ()) for row in rows_of(table)]
+    return list(dict.fromkeys(row["build"] for row in rows if "build" in row))
+
+
+def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) -> dict[Path, str]:
+    """Path and text of every file that the tables make."""
+    folder = ROOT / "analysis/tables"
+    files = {folder / f"{name}.{form}": render(table, form) for name, table in tables.items() for form in formats}
+    complete = tables.keys() == TABLES.keys()
+    for (readme, section), content in sections(tables, measured, complete).items():
+        path = ROOT / readme
+        text = files.get(path) or path.read_text(encoding="utf-8")
+        files[path] = with_section(text, section, content, path)
+    if "table5" in tables:
+        for row in rows_of("table5"):
+            if row["build"] in ABLATIONS:
+                path = ROOT / f"configs/ablations/{row['build']}.yaml"
+                files[path] = ablation_config(row["build"], row["top1"])
+    return files

@@ -1,0 +1,95 @@
+"""The paper as data (analysis/paper.yaml), and how counts compare with the figures that it prints."""
+
+from collections.abc import Iterator
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metaformer.analysis.cells import Counted, Number, Row, Verdict, as_printed, rounded
+from metaformer.analysis.count import cached_count
+from metaformer.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = {"params": 10**6, "frozen": 10**6, "macs": 10**9}
+BUILT = ("table1", "table2", "table3", "table4", "table5")
+"""Tables whose rows are models."""
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """The content of paper.yaml. The rows of Table 5 get model, group and label from :data:`metaformer.VARIANTS`."""
+    content = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text(encoding="utf-8"))
+    variants = {variant.paper_row: (name, variant) for name, variant in VARIANTS.items() if variant.paper_row}
+    for row in content["table5"]["rows"]:
+        name, variant = variants[row["id"]]
+        row |= {"build": name, "group": variant.group, "variant": variant.label, "row": variant.row}
+    return content
+
+
+def rows_of(table: str) -> list[dict[str, Any]]:
+    return paper()[table]["rows"]
+
+
+def built_rows(tables: tuple[str, ...] = BUILT[1:]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Table and row of every model that is counted; Table 1 has no other models than Table 2."""
+    yield from ((table, row) for table in tables for row in rows_of(table) if "build" in row)
+
+
+def key_of(build: str) -> str:
+    """What a record calls the model: timm's name, or the name of a config without folder and ending."""
+    return Path(build).stem if build.endswith(".py") else build
+
+
+def counted_value(build: str, column: str) -> Decimal:
+    """Parameters in millions (``params``, ``frozen``) or MACs in billions (``macs``), exact."""
+    counts = cached_count(build)
+    number = {"params": counts["learnable"], "frozen": counts["frozen"], "macs": sum(counts["macs"].values())}[column]
+    return Decimal(number) / UNITS[column]
+
+
+def compare(row: Row, column: str) -> Counted:
+    """The printed figure beside the counted one. Nothing, if the row does not print one."""
+    if column not in row:
+        return Counted()
+    printed = as_printed(row[column])
+    if "build" not in row:
+        return Counted(printed, verdict=Verdict("not built", row["not_built"]))
+    value, digits = counted_value(row["build"], column), printed.digits + 2
+    explanation = row.get("explained", {}).get(column)
+    if rounded(value, printed.digits) == printed.value:
+        verdict = Verdict("equal")
+    elif explanation and explains(explanation["as"], row["build"], column, value, printed):
+        verdict = explained(explanation)
+    else:
+        verdict = Verdict("unexplained", row.get("open", {}).get(column, ""))
+    return Counted(printed, Number(value, digits), Number(value - printed.value, digits, signed=True), verdict)
+
+
+def compared(row: Row, *columns: str) -> Row:
+    headings = {"params": "parameters, M", "frozen": "frozen, M", "macs": "MACs, G"}
+    return {headings[column]: compare(row, column) for column in columns}
+
+
+def explained(explanation: Row) -> Verdict:
+    sources = f" ({', '.join(explanation['source'])})" if "source" in explanation else ""
+    return Verdict("explained", explanation["text"] + sources)
+
+
+def explains(reason: str, build: str, column: str, value: Decimal, printed: Number) -> bool:
+    """Whether the arithmetic of an explanation (``as`` in paper.yaml) leads from the count to the printed figure."""
+    kind, _, argument = reason.partition(" ")
+    if kind == "counted":
+        return rounded(value, printed.digits) == Decimal(argument)
+    if kind == "truncated":
+        return int(value * 10**printed.digits) == int(printed.value * 10**printed.digits)
+    if kind == "without":
+        counts = cached_count(build)
+        left_out = counts[argument] if column == "params" else counts["macs"][argument]
+        return rounded(value - Decimal(left_out) / UNITS[column], printed.digits) == printed.value
+    if kind == "rounded":
+        once = Decimal(argument.removeprefix("from "))
+        return rounded(value, printed.digits + 1) == once and rounded(once, printed.digits) == printed.value
+    raise ValueError(f"paper.yaml explains a figure by {reason!r}, which is no known reason")

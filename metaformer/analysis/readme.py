@@ -1,0 +1,177 @@
+"""The sections of the README files that are generated from data."""
+
+from collections import Counter
+from pathlib import Path
+
+from metaformer.analysis.cells import Counted, Number, Pair, Row, Table, Verdict
+from metaformer.analysis.count import cached_count
+from metaformer.analysis.measured import Measured, metric, top1
+from metaformer.analysis.paper import as_printed, counted_value, rows_of
+from metaformer.analysis.render import markdown
+from metaformer.analysis.speed import beside_timm
+from metaformer.analysis.studies import cost_of, fault_rows, judged
+from metaformer.analysis.tables import DETECTION, accuracy
+from metaformer.training.config import settings_table
+
+AVERAGE_PRECISION = (("box AP", "AP"), ("mask AP", "mask_AP"))
+
+
+def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> dict[tuple[str, str], str]:
+    """(README file, name of the section) to its text, for the sections that the tables at hand fill.
+
+    Args:
+        complete: whether all tables are at hand, from which the summaries are made.
+    """
+    makers = {
+        "table2": ("README.md", "imagenet", imagenet),
+        "table3": ("detection/README.md", "coco", coco),
+        "table4": ("segmentation/README.md", "ade20k", ade20k),
+        "table5": ("classification/README.md", "ablation", ablation),
+        "speed": ("README.md", "speed", speed),
+        "conclusions": ("README.md", "conclusions", conclusions),
+        "faults": ("README.md", "faults", faults),
+    }
+    found = {(readme, name): make(measured) for table, (readme, name, make) in makers.items() if table in tables}
+    if complete:
+        found["README.md", "status"] = status(tables, measured)
+        found["analysis/README.md", "summary"] = "\n".join(f"- {table.summary()}" for table in tables.values())
+        found["classification/README.md", "settings"] = settings_table()
+    return found
+
+
+def status(tables: dict[str, Table], measured: Measured) -> str:
+    """What is reproduced and what is not, in five lines."""
+    counts, recipe = (verdicts(tables[name] for name in names) for names in (NUMBERED[:5], NUMBERED[5:6]))
+    pairs = [cell for name in NUMBERED for row in tables[name].rows for cell in row.values() if isinstance(cell, Pair)]
+    accuracies = [pair.here.value for pair in pairs if pair.paper]
+    measured_here = len(accuracies) - accuracies.count(None)
+    decided = Counter(verdict.kind for _, _, _, verdict, _ in judged(measured))
+    devices = {row["device"] for record in measured.records["benchmark"] for row in beside_timm(record)}
+    lines = [
+        "- **Architecture**: with the same weights, logits, features and gradients equal those of timm's and "
+        "`transformers`' PoolFormer (float64, to 1e-10).",
+        f"- **Counts**: {counts['equal']} of {sum(counts.values())} parameters, MACs and layouts in Tables 1 to 5 "
+        f"equal the printed figures. {counts['explained']} differ for a known reason, {counts['unexplained']} without "
+        f"one, and {counts['not built']} are not built.",
+        f"- **Recipe**: {recipe['equal']} of {sum(recipe.values())} settings in Table 6 are the paper's, and "
+        f"{recipe['explained']} differ for a stated reason.",
+        f"- **Accuracy**: {measured_here} of {len(accuracies)} accuracies in Tables 2 to 5 and 7 are measured here. "
+        "Nothing has been trained at the scale of the paper; `pretrained=True` loads its authors' weights.",
+        f"- **Small scale**: {decided['holds'] + decided['fails']} of {sum(decided.values())} statements about the "
+        f"ablation are decided on a small task. Speed is measured on {', '.join(sorted(devices)) or 'no device'} only.",
+    ]
+    return "\n".join(lines)
+
+
+NUMBERED = [f"table{number}" for number in range(1, 8)]
+
+
+def verdicts(tables: list[Table]) -> Counter[str]:
+    cells = [cell for table in tables for row in table.rows for cell in row.values()]
+    found = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
+    return Counter(verdict.kind for verdict in found if isinstance(verdict, Verdict))
+
+
+def imagenet(measured: Measured) -> str:
+    rows = []
+    for row in rows_of("table2"):
+        if row["mixer"] == "pooling":
+            exact = Number(cached_count(row["build"])["learnable"])
+            first = {"config (`configs/classification/`)": f"`{row['build']}.yaml`", "parameters": exact}
+            rows.append({**first, "MACs": counted(row, "macs", 2), **top1_of(row, measured, " (Table 2)")})
+    return markdown(rows)
+
+
+def ablation(measured: Measured) -> str:
+    return markdown(
+        [
+            {
+                "Table 5": row["variant"],
+                "model": f"`{row['build']}`",
+                "parameters": counted(row, "params", 2),
+                "MACs": counted(row, "macs", 2),
+                **top1_of(row, measured),
+            }
+            for row in rows_of("table5")
+        ]
+    )
+
+
+def top1_of(row: Row, measured: Measured, table: str = "") -> Row:
+    printed = as_printed(row["top1"], "%")
+    return {f"top-1 in the paper{table}": printed, "measured here": measured.accuracy(row["build"], top1)}
+
+
+def coco(measured: Measured) -> str:
+    rows = []
+    for row in rows_of("table3"):
+        pairs = {name: accuracy(row, of, measured, metric(DETECTION[of], 100)) for name, of in AVERAGE_PRECISION}
+        rows.append(
+            {
+                **config_of(row),
+                **{f"{name} in the paper": pair.paper for name, pair in pairs.items()},
+                **{f"{name} measured here": pair.here for name, pair in pairs.items()},
+            }
+        )
+    return markdown(rows)
+
+
+def ade20k(measured: Measured) -> str:
+    rows = []
+    for row in rows_of("table4"):
+        pair = accuracy(row, "mIoU", measured, metric("mIoU"))
+        rows.append({**config_of(row), "mIoU in the paper": pair.paper, "measured here": pair.here})
+    return markdown(rows)
+
+
+def config_of(row: Row) -> Row:
+    path = Path(row["build"])
+    return {f"config (`{path.parent}/`)": f"`{path.name}`", "parameters": counted(row, "params", 1)}
+
+
+def counted(row: Row, column: str, digits: int) -> Number:
+    return Number(counted_value(row["build"], column), digits, {"params": "M", "macs": "G"}[column])
+
+
+def speed(measured: Measured) -> str:
+    """The range over all measured batches, sizes, precisions and layouts of the speed over that of timm's class."""
+    rows = [row for record in measured.records["benchmark"] for row in beside_timm(record)]
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        ratios.setdefault((row["model"], row["device"], row["task"]), []).append(row["ratio, round by round"].value)
+    lines = [
+        {
+            **dict(zip(("model", "device", "task"), place, strict=True)),
+            "settings": Number(len(values)),
+            "slowest setting": Number(min(values), 2),
+            "fastest setting": Number(max(values), 2),
+        }
+        for place, values in sorted(ratios.items())
+    ]
+    return markdown(lines) if lines else "Not measured yet."
+
+
+def conclusions(measured: Measured) -> str:
+    """How many statements hold in each study, and what the study took."""
+    lines = []
+    for name, results in measured.studies.items():
+        kinds = Counter(verdict.kind for study, _, _, verdict, _ in judged(measured) if study == name)
+        lines.append(f"- {cost_of(name, results)}")
+        lines.append(
+            f"- {name}: of {sum(kinds.values())} statements, {kinds['holds']} hold, {kinds['fails']} fail, "
+            f"{kinds['undecided']} are undecided, and {kinds['not run']} are not run."
+        )
+    return "\n".join(lines) or "Not run yet."
+
+
+def faults(measured: Measured) -> str:
+    rows = fault_rows(measured)
+    if not rows:
+        return "Not measured yet."
+    total = rows[-1]
+    return (
+        f"`make faults` injected {total['tried']} faults. It killed training runs at random moments, filled disks,\n"
+        "took away pictures and processes, and corrupted checkpoints, weights, configs and records.\n"
+        f"{total['survived']} faults were survived and {total['lost']} were not; see\n"
+        "[analysis/tables/faults.md](analysis/tables/faults.md) for each fault and the definition of 'survived'."
+    )

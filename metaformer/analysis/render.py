@@ -1,0 +1,80 @@
+"""Tables as Markdown, CSV and LaTeX: the one place where cells become text."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+
+from metaformer.analysis.cells import NOTHING, Counted, Pair, Row, Table, Verdict
+from metaformer.errors import InputError
+
+FORMATS = ("md", "csv", "tex")
+TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\varepsilon$"}  # noqa: RUF001
+
+
+def render(table: Table, form: str) -> str:
+    """The text of a table. Reasons of verdicts become numbered notes; in CSV they stand in the cell."""
+    if form == "csv":
+        return frame(table.rows, with_reason, separate=True).to_csv(index=False)
+    reasons: dict[str, int] = {}
+
+    def with_number(verdict: Verdict) -> str:
+        if not verdict.reason:
+            return verdict.kind
+        return f"{verdict.kind} [{reasons.setdefault(verdict.reason, len(reasons) + 1)}]"
+
+    body = frame(table.rows, with_number)
+    notes = [*table.notes, *(f"[{number}] {reason}" for reason, number in reasons.items())]
+    body = body.loc[:, [column for column in body.columns if not (body[column] == "").all()]]
+    if form == "md":
+        lines = [f"# {table.title}", "", to_markdown(body), "", *(f"- {note}" for note in notes)]
+        return "\n".join(lines).rstrip() + "\n"
+    text = body.to_latex(index=False, escape=True, column_format="l" * len(body.columns))
+    for letter, command in TEX.items():
+        text = text.replace(letter, command)
+    return "".join(f"% {line}\n" for line in (table.title, *notes)) + text
+
+
+def with_reason(verdict: Verdict) -> str:
+    return f"{verdict.kind}: {verdict.reason}" if verdict.reason else verdict.kind
+
+
+def frame(rows: list[Row], of_verdict: Callable[[Verdict], str], separate: bool = False) -> pd.DataFrame:
+    """The texts of rows; ``separate`` gives both halves of a pair a column of their own."""
+
+    def text(cell: Any) -> str:
+        return NOTHING if cell is None else of_verdict(cell) if isinstance(cell, Verdict) else str(cell)
+
+    texts = [{name: text(part) for place in row.items() for name, part in parts(*place, separate)} for row in rows]
+    return pd.DataFrame(texts).fillna(NOTHING)
+
+
+def parts(heading: str, cell: Any, separate: bool) -> Iterator[tuple[str, Any]]:
+    """The columns that a cell takes."""
+    if isinstance(cell, Counted) or (isinstance(cell, Pair) and separate):
+        yield from ((f"{heading} ({part})", value) for part, value in cell._asdict().items())
+    else:
+        yield f"{heading} (paper / here)" if isinstance(cell, Pair) else heading, cell
+
+
+def to_markdown(texts: pd.DataFrame) -> str:
+    return texts.to_markdown(index=False, disable_numparse=True, tablefmt="github")
+
+
+def markdown(rows: list[Row], absent: str = "Not measured yet.") -> str:
+    """Rows alone, as for a README; ``absent`` if there are none."""
+    return to_markdown(frame(rows, with_reason)) if rows else absent
+
+
+def with_section(text: str, name: str, content: str, path: Any) -> str:
+    """``text`` with ``content`` between the marks of section ``name``.
+
+    Raises:
+        InputError: the file at ``path``, whose text this is, does not have these marks exactly once.
+    """
+    begin, end = f"<!-- begin {name}: written by analysis/make_tables.py -->\n", f"<!-- end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise InputError(f"{path} has no section {name!r}: put the lines {begin.strip()} and {end} around its place")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}{content}\n{end}{after}"

@@ -1,0 +1,193 @@
+"""What benchmarks, training runs and the loader measured as tables: speed, memory and the cost of the paper's runs."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import groupby
+from statistics import median
+from typing import NamedTuple
+
+from metaformer.analysis.cells import NOT_MEASURED, Measurement, Number, Range, Row, Table, rounded, spread
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.paper import built_rows, paper
+from metaformer.records import Benchmark, Contestant, Spread, Timed
+from metaformer.variants import POOLFORMERS
+
+BEST = {"inference": "folded", "training": "fused"}
+"""Our fastest form for each task."""
+
+
+class Timing(NamedTuple):
+    """A contestant in a task of a benchmark."""
+
+    record: Benchmark
+    timed: Timed
+    contestant: Contestant
+
+    @property
+    def images_per_s(self) -> list[float]:
+        """By round."""
+        return [self.record.settings.batch / seconds for seconds in self.contestant.seconds]
+
+    @property
+    def saved(self) -> Number | None:
+        """Megabytes per image that autograd keeps from forward to backward."""
+        saved = self.contestant.saved_bytes_per_image
+        return None if saved is None else Number(saved / 1e6, 1)
+
+    def times_timm(self, compiled: bool) -> Range | None:
+        """The speed over that of timm's class in the same round."""
+        timm = find(self.timed, "timm", compiled)
+        if timm is None:
+            return None
+        return spread([theirs / ours for theirs, ours in zip(timm.seconds, self.contestant.seconds, strict=True)], 2)
+
+    def place(self) -> Row:
+        """What was run."""
+        record = self.record
+        return {"model": record.model, "device": record.device, "batch, size and precision": title(record)}
+
+    def figures(self) -> Row:
+        """How fast it was."""
+        full, own_size = paper()["table2"]["data"], self.record.settings.size == (224, 224)
+        hours = full["train_images"] * full["epochs"] / median(self.images_per_s) / 3600
+        floor, peak = self.timed.floor.seconds, self.contestant.peak_bytes
+        return {
+            "task": self.timed.task,
+            "form": f"{self.contestant.form}, compiled" if self.contestant.compiled else self.contestant.form,
+            "images/s per device": Measurement(spread(self.images_per_s, 1)),
+            "times timm": self.times_timm(compiled=False),
+            "times timm, compiled": self.times_timm(compiled=True),
+            "saved, MB per image": self.saved,
+            "peak, MB": None if peak is None else Number(peak / 1e6),
+            "of the floor's speed": Number(100 * floor / median(self.contestant.seconds), unit="%"),
+            "device-hours": Number(hours) if self.timed.task == "training" and own_size else None,
+        }
+
+
+def timings(record: Benchmark) -> Iterator[Timing]:
+    """Every contestant in every task of a benchmark."""
+    yield from (Timing(record, timed, contestant) for timed in record.tasks for contestant in timed.contestants)
+
+
+def find(timed: Timed, form: str, compiled: bool) -> Contestant | None:
+    return next((c for c in timed.contestants if (c.form, c.compiled) == (form, compiled)), None)
+
+
+def title(record: Benchmark) -> str:
+    settings = record.settings
+    height, width = settings.size
+    return f"{settings.batch} x {height} x {width}, {settings.precision}, {settings.memory_format.replace('_', '-')}"
+
+
+def speed(measured: Measured) -> Table:
+    benchmarks = measured.records["benchmark"]
+    rows = []
+    for model in dict.fromkeys([*POOLFORMERS, *(record.model for record in benchmarks)]):
+        records = measured.of_model("benchmark", model)
+        rows += [
+            {**timing.place(), **timing.figures(), "measured": record.date[:10]}
+            for record in records
+            for timing in timings(record)
+        ] or [
+            {
+                "model": model,
+                **dict.fromkeys(("device", "batch, size and precision", "task", "form")),
+                "images/s per device": Measurement(None, NOT_MEASURED),
+            }
+        ]
+    notes = [
+        "Medians of all rounds, with the least and the most. Times timm: the speed over that of timm's class, eager or "
+        "compiled, in the same round.",
+        "A training step is forward, loss and backward, without the optimiser. What is saved is kept from forward to "
+        "backward; analysis/benchmark.py says what the floor is.",
+        "Device-hours are those of 300 epochs of ImageNet-1K, the paper's training, of nothing but such steps.",
+    ]
+    return Table("speed", "Speed and memory of the forms of a model, in benchmarks on one device", rows, notes)
+
+
+def beside_timm(record: Benchmark) -> Iterator[Row]:
+    """A row for each task and mode of a benchmark that has timm's class and our fastest form for the task."""
+    for timed in record.tasks:
+        for compiled in (False, True):
+            found = [find(timed, form, compiled) for form in ("timm", BEST[timed.task])]
+            if None not in found:
+                timm, ours = (Timing(record, timed, contestant) for contestant in found)
+                yield {
+                    **ours.place(),
+                    "task": f"{timed.task}, compiled" if compiled else timed.task,
+                    "images/s, timm": spread(timm.images_per_s, 1),
+                    "images/s, ours": spread(ours.images_per_s, 1),
+                    "ratio, round by round": ours.times_timm(compiled),
+                    "saved by autograd, MB per image: timm / ours": f"{timm.saved} / {ours.saved}"
+                    if timed.task == "training"
+                    else None,
+                }
+
+
+def cost(measured: Measured) -> Table:
+    rows, totals = [], []
+    for table, group in groupby(built_rows(), key=lambda place: place[0]):
+        data = paper()[table]["data"]
+        images = data["iterations"] * data["batch"] if table == "table4" else data["train_images"] * data["epochs"]
+        names, hours = set(), defaultdict(dict)  # hours: device to name of the row to device-hours
+        for _, row in group:
+            if row.get("mixer", "pooling") != "pooling":
+                continue  # a baseline that this repository does not train
+            name = row.get("variant") or row.get("model") or f"{row['head']} {row['backbone']}"
+            names.add(name)
+            cells = {"table": table, "row": name, "images in a full run": Number(images)}
+            for record in measured.of_model("training", row["build"]) or [None]:
+                speed = record and record.images_per_s / record.devices
+                if record:
+                    hours[record.hardware.device][name] = rounded(images / speed / 3600, 0)
+                rows.append(
+                    {
+                        **cells,
+                        "images/s per device": Measurement(speed and Number(speed, 1), NOT_MEASURED),
+                        "device": record and record.hardware.device,
+                        "device-hours": speed and Number(images / speed / 3600),
+                        "measured": record and record.date[:10],
+                    }
+                )
+        whole = [
+            f"{Number(sum(of.values()))} device-hours on {device}" for device, of in hours.items() if of.keys() == names
+        ]
+        done = set().union(*hours.values())
+        totals.append(f"All of {table}: {'; '.join(whole) or f'{len(done)} of its {len(names)} rows are measured'}.")
+    notes = [
+        "A full run is the paper's: 300 epochs of ImageNet-1K, 12 of COCO, 40,000 iterations of 32 pictures on ADE20K.",
+        "Speeds are those of training runs in analysis/results/; validation is not included.",
+        *totals,
+    ]
+    return Table("cost", "Cost of the paper's runs, from measured training speeds", rows, notes)
+
+
+def loader(measured: Measured) -> Table:
+    rows = [
+        {
+            "decoder": name,
+            "pictures": f"{Number(record.data.mean_width)} x {Number(record.data.mean_height)}, "
+            f"{Number(record.data.mean_bytes / 1000)} kB on average, to {record.settings.img_size} px",
+            "processor": record.hardware.processor,
+            "workers": Number(record.workers),
+            "decoding alone, images/s": measured_range(of.decode_images_per_s, 0),
+            "whole loader, images/s per worker": measured_range(of.loader_images_per_s_per_worker, 0),
+            "times Pillow": measured_range(of.loader_relative_to_pillow, 2),
+            "workers for": f"{record.consume_images_per_s:,g} images/s: {of.workers_needed}"
+            if record.consume_images_per_s
+            else None,
+            "measured": record.date[:10],
+        }
+        for record in measured.records["loader"]
+        for name, of in record.decoders.items()
+    ]
+    notes = [
+        "The training loader with the paper's augmentation, on JPEGs from the file cache; medians of rounds in which "
+        "the decoders take turns, with the least and the most. Training decodes with Pillow.",
+        "What a GPU takes is images/s in speed.md, or in the run.json of a run; analysis/loader.py --consume divides.",
+    ]
+    return Table("loader", "What the training loader delivers", rows, notes)
+
+
+def measured_range(of: Spread, digits: int) -> Range:
+    return Range(of.median, of.min, of.max, digits)

@@ -1,0 +1,60 @@
+"""Takes the records of runs into analysis/results/, where the tables find them."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from metaformer.errors import InputError
+from metaformer.provenance import write_json
+from metaformer.records.schema import Training, load, parse
+
+RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
+NAMES = ("run.json", "validation.json", "result.json", "training.json")
+"""Names that runs give their records."""
+
+
+def sources(path: Path) -> list[Path]:
+    """The record files that a file or folder means."""
+    if path.is_file():
+        return [path]
+    found = [file for name in NAMES for file in sorted(path.glob(name)) + sorted(path.glob(f"*/{name}"))]
+    if (path / "recipe.yaml").is_file():  # a study's, where other runs may still be under way
+        found = [file for file in found if load(file).get("status") in ("finished", "diverged")]
+    if not found:
+        raise InputError(f"there are no records in {path}: give a record file, a run folder or a work dir with a test")
+    return found
+
+
+def without_machine_paths(value: Any) -> Any:
+    """Every absolute path in a record cut to its last part: the rest says where, not what."""
+    if isinstance(value, dict):
+        return {key: without_machine_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine_paths(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.:/-])~?/[^\s'\",:;=]*[^\s'\",:;=/]/?", lambda m: Path(m[0]).name, value)
+    return value
+
+
+def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
+    """Check the records that ``paths`` mean and copy them to ``results``; all of them, or none."""
+    checked = {}
+    for path in (file for given in paths for file in sources(given)):
+        record = load(path)
+        parsed = parse(record, path)
+        record = without_machine_paths(record)
+        if isinstance(parsed, Training) and parsed.settings.study:
+            # By what it is, so that a run cannot be counted twice.
+            checked[results / parsed.settings.study / f"{parsed.settings.row}-{parsed.seed}.json"] = record
+            continue
+        # The digest tells apart what was started in the same second.
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
+        time = re.sub("[^0-9T]", "", parsed.date[:19])
+        name = re.sub(r"[^\w.-]", "-", f"{parsed.kind}-{parsed.model}-{time}-{digest}.json")
+        checked[results / name] = record
+    for target, record in checked.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, record)
+    return list(checked)

@@ -1,0 +1,380 @@
+"""The fields of result records, and what must hold between them."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from metaformer.errors import InputError
+
+__all__ = [
+    *("Benchmark", "Classification", "Contestant", "Detection", "Faults", "Loading", "Record", "Segmentation"),
+    *("Spread", "Timed", "Training", "parse", "read_record"),
+]
+DEEPEST = 50
+"""Levels of nesting that a record may have; what runs write has fewer than ten."""
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """Fields that are not named here are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Hardware(Part):
+    cpu: str
+    cores: Positive
+    gpus: list[str]
+
+    @property
+    def processor(self) -> str:
+        return f"{self.cpu}, {self.cores} cores"
+
+    @property
+    def device(self) -> str:
+        """The GPU, or else the processor."""
+        return self.gpus[0] if self.gpus else self.processor
+
+
+class Provenance(Part):
+    command: str
+    commit: str | None
+    versions: dict[str, str | None]
+    hardware: Hardware
+    date: str
+
+
+class Data(Part):
+    classes: Positive
+    images: Positive | None = None
+    val_images: Positive | None = None
+
+
+class Settings(Part):
+    img_size: Positive | None = None
+    crop_pct: float | None = None
+    model_args: dict[str, Any] = {}
+    seed: int | None = None
+    study: str | None = None
+    row: str | None = None
+
+
+class Weights(Part):
+    file: str
+    sha256: str | None
+
+
+# Evaluations
+
+
+def check_percent(name: str, percent: float, images: int) -> None:
+    """An accuracy is a whole number of images. A fraction that was written in place of a percentage rarely is."""
+    right = percent / 100 * images
+    if abs(right - round(right)) > 0.001:
+        raise ValueError(f"{name} is {percent}, which is no percentage of {images} images")
+
+
+class Top(Part):
+    top1: Percent
+    top5: Percent
+    images: Positive
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Top":
+        if self.top1 > self.top5:
+            raise ValueError(f"top1 is {self.top1} and top5 is {self.top5}: it cannot be the smaller")
+        check_percent("top1", self.top1, self.images)
+        check_percent("top5", self.top5, self.images)
+        return self
+
+
+class TrainedFor(Part):
+    epochs: Positive
+    seed: int
+
+
+class Classification(Provenance):
+    kind: Literal["classification"]
+    model: str
+    checkpoint: Weights
+    training: TrainedFor | None
+    data: Data
+    settings: Settings
+    metrics: Top
+
+    @property
+    def images(self) -> int:
+        return self.metrics.images
+
+
+def of_coco(metrics: dict[str, float]) -> dict[str, float]:
+    for name, value in metrics.items():
+        if name.startswith("coco/") and "mAP" in name and not (0 <= value <= 1 or value == -1):
+            raise ValueError(f"{name} is {value}: it is a fraction, or -1 without objects of that size")
+    return metrics
+
+
+def of_ade20k(metrics: dict[str, float]) -> dict[str, float]:
+    for name in ("aAcc", "mIoU", "mAcc"):
+        if not 0 <= metrics.get(name, 0) <= 100:
+            raise ValueError(f"{name} is {metrics[name]}: it is a percentage")
+    if 0 < metrics.get("aAcc", 0) <= 1:
+        raise ValueError(f"aAcc is {metrics['aAcc']}: the metrics are percentages, and these seem to be fractions")
+    return metrics
+
+
+class OfToolbox(Provenance):
+    model: str
+    checkpoint: Weights | None
+    data: Data
+
+    @property
+    def images(self) -> int | None:
+        return self.data.images
+
+
+class Detection(OfToolbox):
+    kind: Literal["detection"]
+    metrics: Annotated[dict[str, float], AfterValidator(of_coco)]
+
+
+class Segmentation(OfToolbox):
+    kind: Literal["segmentation"]
+    metrics: Annotated[dict[str, float], AfterValidator(of_ade20k)]
+
+
+# Training
+
+
+class Epoch(Part):
+    epoch: Positive | None = None
+    top1: Percent
+
+
+class Epochs(Part):
+    done: Count
+    planned: Positive
+
+
+class Training(Part):
+    kind: Literal["training"]
+    status: Literal["running", "stopped", "finished", "failed", "diverged"] = "finished"
+    error: str | None = None
+    model: str
+    data: Data
+    devices: Positive
+    images_per_s: Amount | None
+    wall_s: Amount | None = None
+    seed: int | None
+    starts: Annotated[list[Provenance], Field(min_length=1)]
+    settings: Settings
+    epochs: Epochs | None = None
+    curve: list[Epoch] = []
+    skipped: dict[str, Count] = {}
+    """Pictures left out of each split because they could not be read."""
+
+    @model_validator(mode="after")
+    def _has_its_result(self) -> "Training":
+        study = self.settings.study is not None
+        if self.status == "failed" or (self.status == "diverged" and not study):
+            raise ValueError(f"the run {self.status}: {self.error}")
+        if study and self.status not in ("finished", "diverged"):
+            raise ValueError(f"a run of a study counts when it is done, and this one is {self.status}")
+        if study and self.seed is None:
+            raise ValueError("a run of a study has a seed")
+        if self.status != "diverged" and (self.images_per_s is None or (study and not self.curve)):
+            raise ValueError("the run has not finished an epoch")
+        return self
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Training":
+        if self.settings.seed not in (None, self.seed):
+            raise ValueError(f"seed is {self.seed}, but settings.seed is {self.settings.seed}")
+        numbers = [epoch.epoch or i for i, epoch in enumerate(self.curve, start=1)]
+        last = self.epochs.done if self.epochs else len(numbers)
+        if numbers and numbers != list(range(1, last + 1)):
+            raise ValueError(f"the curve has not the epochs 1 to {last}")
+        if self.status == "finished" and self.epochs and self.epochs.done != self.epochs.planned:
+            raise ValueError(f"the run is finished, but only after {self.epochs.done} of {self.epochs.planned} epochs")
+        for epoch in self.curve if self.data.val_images and not self.skipped.get("validation") else []:
+            check_percent("top1 in the curve", epoch.top1, self.data.val_images)
+        return self
+
+    @property
+    def date(self) -> str:
+        return self.starts[-1].date
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.starts[-1].hardware
+
+
+# Benchmarks
+
+
+class BenchmarkSettings(Part):
+    batch: Positive
+    size: tuple[Positive, Positive]
+    precision: str
+    memory_format: str
+    device: Literal["cpu", "cuda"]
+    rounds: Positive
+    seed: int
+
+
+class Rates(Part):
+    """Of the machine's largest matrix products and copies."""
+
+    macs_per_s: Amount
+    bytes_per_s: Amount
+
+
+class Floor(Part):
+    """Of a batch."""
+
+    macs: Positive
+    bytes: Positive
+    seconds: Amount
+
+
+class Contestant(Part):
+    form: str
+    compiled: bool
+    seconds: Annotated[list[Amount], Field(min_length=1)]
+    """Of a call on the batch, in each round."""
+    saved_bytes_per_image: Amount | None
+    peak_bytes: Positive | None
+
+
+def took_turns(contestants: list[Contestant]) -> list[Contestant]:
+    if len({len(contestant.seconds) for contestant in contestants}) > 1:
+        raise ValueError("not all have as many rounds")
+    if len({(contestant.form, contestant.compiled) for contestant in contestants}) < len(contestants):
+        raise ValueError("a contestant is there twice")
+    return contestants
+
+
+class Timed(Part):
+    task: Literal["inference", "training"]
+    floor: Floor
+    contestants: Annotated[list[Contestant], Field(min_length=1), AfterValidator(took_turns)]
+
+
+class Benchmark(Provenance):
+    kind: Literal["benchmark"]
+    model: str
+    settings: BenchmarkSettings
+    rates: Rates
+    tasks: Annotated[list[Timed], Field(min_length=1)]
+
+    @property
+    def device(self) -> str:
+        return self.hardware.device if self.settings.device == "cuda" else self.hardware.processor
+
+
+class Spread(Part):
+    median: Amount
+    min: Amount
+    max: Amount
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> "Spread":
+        if not self.min <= self.median <= self.max:
+            raise ValueError(f"the median {self.median} is not between {self.min} and {self.max}")
+        return self
+
+
+class Decoder(Part):
+    decode_images_per_s: Spread
+    loader_images_per_s_per_worker: Spread
+    loader_relative_to_pillow: Spread
+    workers_needed: Positive | None
+
+
+class Pictures(Data):
+    mean_width: Amount
+    mean_height: Amount
+    mean_bytes: Amount
+
+
+class Loading(Provenance):
+    kind: Literal["loader"]
+    model: Literal["jpeg"] = "jpeg"
+    """A loader has no model; this is what the file of its record is called by."""
+    data: Pictures
+    workers: Positive
+    rounds: Positive
+    consume_images_per_s: Amount | None
+    decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
+    settings: Settings
+
+
+# Campaigns of faults
+
+
+class Fault(Part):
+    fault: str
+    tried: Count
+    survived: Count
+    lost: Count
+    seeds: list[int]
+    """Of those lost."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Fault":
+        if self.survived + self.lost != self.tried or len(self.seeds) != self.lost:
+            raise ValueError("survived and lost are not those tried")
+        return self
+
+
+class Faults(Provenance):
+    kind: Literal["faults"]
+    model: str
+    rounds: Positive
+    seed: Count
+    faults: Annotated[list[Fault], Field(min_length=1)]
+
+
+Record = Classification | Detection | Segmentation | Training | Benchmark | Loading | Faults
+SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file.
+
+    Raises:
+        InputError: no such file, not JSON, or a field that is missing or wrong; names the file and the field.
+    """
+    return parse(load(path), path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the record {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a result record: it is not JSON ({error})") from error
+    levels, level = 0, [record]  # counted without recursion, which has a limit of its own
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        levels += 1
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
+    if levels > DEEPEST:
+        raise InputError(f"{path} is not a result record: it is nested more than {DEEPEST} deep")
+    return record
+
+
+def parse(record: Any, path: Path) -> Record:
+    try:
+        return SCHEMA.validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The first part of a place is the kind, which the union adds.
+        place = ".".join(str(part) for part in first["loc"][1:]) or "kind"
+        raise InputError(f"{path} is not a result record: {place}: {first['msg']}") from error

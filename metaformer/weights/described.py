@@ -1,0 +1,128 @@
+"""What a checkpoint says of its model, its input and its classes, in each format that says something."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import timm
+from PIL import Image
+
+from metaformer import variants
+from metaformer.errors import InputError
+from metaformer.weights.files import HF_FILES
+
+Settings = dict[str, Any]
+"""Settings under the names that :class:`metaformer.training.config.Config` has for them, and ``class_names``."""
+
+
+def described(path: Path, checkpoint: dict, kind: str | None) -> Settings:
+    """What the checkpoint at ``path`` says, with weights of the format ``kind``; nothing for bare weights."""
+    config, arguments, meta, name = (checkpoint.get(key) for key in ("config", "args", "meta", "arch"))
+    if isinstance(config, dict):  # of a run here
+        return {**config, "num_classes": checkpoint.get("num_classes"), "class_names": checkpoint.get("class_names")}
+    if isinstance(arguments, Namespace):
+        return of_timm_train(vars(arguments), kind)
+    if path.name in HF_FILES and (path.parent / "config.json").is_file():
+        return of_folder(path.parent, kind)
+    if isinstance(meta, dict) and isinstance(meta.get("dataset_meta"), dict):  # of mmpretrain
+        return {"class_names": list(meta["dataset_meta"].get("classes") or ()) or None}
+    return {"model": name} if isinstance(name, str) and timm.is_model(name) else {}
+
+
+def of_timm_train(arguments: dict[str, Any], kind: str | None) -> Settings:
+    """The arguments of timm's train.py."""
+    names = ("model", "num_classes", "img_size", "crop_pct", "interpolation", "mean", "std", "drop", "drop_path")
+    settings = {name: arguments.get(name) for name in names}
+    model_args = {"in_chans": arguments.get("in_chans"), "global_pool": arguments.get("gp"), **in_timm(kind)}
+    if size := arguments.get("input_size"):  # (C, H, W)
+        settings["img_size"], model_args["in_chans"] = size[1], size[0]
+    return {**settings, "model_args": {**model_args, **(arguments.get("model_kwargs") or {})}}
+
+
+def in_timm(kind: str | None) -> Settings:
+    """What timm's own class of a PoolFormer, which gives the tensors timm's names, computes otherwise than ours."""
+    return {"pool_before_norm": True} if kind == "timm" else {}
+
+
+def of_folder(folder: Path, kind: str | None) -> Settings:
+    """The config.json of a Hugging Face model: of timm, or of transformers' PoolFormer with its image processor."""
+    config = read_json(folder / "config.json")
+    if "architecture" in config:
+        cfg = config.get("pretrained_cfg", config)
+        model_args = {**in_timm(kind), **(config.get("model_args") or {})}
+        return {
+            "model": config["architecture"],
+            "model_args": {key: value for key, value in model_args.items() if key != "num_classes"},
+            "num_classes": config.get("num_classes"),
+            "class_names": ordered(config.get("label_names")),
+            "img_size": (cfg.get("input_size") or ())[-2:] or None,
+            **{key: cfg.get(key) for key in ("crop_pct", "interpolation", "mean", "std")},
+        }
+    if config.get("model_type") != "poolformer":
+        return {}
+    stride = config.get("strides", [4])[0]
+    fixed = {
+        "patch_sizes": [7, 3, 3, 3],
+        "strides": [stride, 2, 2, 2],
+        "padding": [(8 - stride) // 2, 1, 1, 1],
+        "pool_size": 3,
+        "hidden_act": "gelu",
+    }
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{folder} holds a PoolFormer with {key} {config[key]}: here it is {value}")
+    depths, dims = (tuple(config.get(key, ())) for key in ("depths", "hidden_sizes"))
+    shapes = {name: (row.arguments["depths"], row.arguments["dims"]) for name, row in variants.POOLFORMERS.items()}
+    scaled = config.get("use_layer_scale", True)
+    name = next((name for name, shape in shapes.items() if scaled and shape == (depths, dims)), None)
+    model_args = {"stem_stride": stride, "mlp_ratio": config.get("mlp_ratio", 4.0)}
+    if name is None:
+        name = "poolformer_s12" if scaled else "metaformer_s12_nolayerscale"
+        model_args |= {"depths": depths, "dims": dims}
+    names = ordered(config.get("id2label"))
+    return {"model": name, "model_args": model_args, "class_names": names, **of_processor(folder)}
+
+
+def of_processor(folder: Path) -> Settings:
+    """The settings of transformers' image processor of PoolFormer; nothing where the folder has none."""
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return {}
+    processor = read_json(file)
+    size, crop = (side(processor.get(key, 224)) for key in ("size", "crop_size"))
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    if size != crop or not all(processor.get(step, True) for step in steps):
+        raise InputError(
+            f"{file} prepares pictures otherwise than by resizing, cropping to {size} pixels and normalising"
+        )
+    return {
+        "img_size": crop,
+        "crop_pct": processor.get("crop_pct"),
+        "interpolation": Image.Resampling(processor.get("resample", Image.Resampling.BICUBIC)).name.lower(),
+        "mean": processor.get("image_mean"),
+        "std": processor.get("image_std"),
+    }
+
+
+def side(size: int | dict[str, int]) -> int | None:
+    if isinstance(size, int):
+        return size
+    return size.get("shortest_edge") or (size.get("height") if size.get("height") == size.get("width") else None)
+
+
+def ordered(names: dict[str, str] | list[str] | None) -> list[str] | None:
+    """Class names in the order of the logits; ``None`` for none, and for the ones that transformers makes up."""
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    return None if not names or names == [f"LABEL_{i}" for i in range(len(names))] else list(names)
+
+
+def read_json(path: Path) -> Settings:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not the settings of a model")
+    return content

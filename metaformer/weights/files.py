@@ -1,0 +1,151 @@
+"""Read checkpoint files without executing anything in them, and fetch released ones."""
+
+import argparse
+import os
+import pickle
+import zipfile
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from metaformer.errors import InputError
+
+HF_FILES = ("model.safetensors", "pytorch_model.bin")
+IN_FOLDERS = ("best.pt", "model_best.pth.tar", *HF_FILES)
+"""The checkpoint of a folder: of a run here, of a run of timm's train.py, of a Hugging Face model."""
+
+make_array, make_scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+PLAIN_DATA = [
+    argparse.Namespace,  # timm's train.py saves its arguments
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+    # NumPy 2 writes numpy._core, NumPy 1 wrote numpy.core.
+    *((make_array, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
+    *((make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+]
+"""What a checkpoint may hold besides what ``torch.load(weights_only=True)`` allows, by name."""
+
+
+class History:
+    """Takes the place of mmengine's ``HistoryBuffer`` where mmengine is not installed."""
+
+
+def history_of_mmengine() -> list[tuple[Any, str]]:
+    """What mmengine pickles: its history of the losses, and ``getattr``, which finds the methods of that class only."""
+    kind = import_module("mmengine.logging").HistoryBuffer if find_spec("mmengine") else History
+
+    def method(owner: type, name: str) -> Any:
+        if owner is not kind or name.startswith("_"):
+            raise pickle.UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
+        return getattr(owner, name, None)
+
+    return [(kind, "mmengine.logging.history_buffer.HistoryBuffer"), (method, "builtins.getattr")]
+
+
+def locate(source: str | Path) -> Path:
+    """The checkpoint file that ``source`` names: a file, or a folder that holds one of :data:`IN_FOLDERS`.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
+        if found is None:
+            raise InputError(f"there is no checkpoint in {path}: expected a file {' or '.join(IN_FOLDERS)} there")
+        return found
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}: give a checkpoint file or the folder of a run or model")
+    return path
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. Nothing in the file is executed (``weights_only``).
+
+    Args:
+        source: a file of ``torch.save``, a ``.safetensors`` file, or a folder as for :func:`locate`.
+
+    Raises:
+        InputError: there is no such file, it is damaged or no checkpoint at all, or it holds more than tensors and
+            plain data.
+    """
+    path = locate(source)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if not intact(path):
+            raise damaged(path)
+        try:
+            checkpoint = load(path, PLAIN_DATA)
+        except pickle.UnpicklingError as error:
+            if "mmengine" not in str(error):
+                raise
+            checkpoint = load(path, PLAIN_DATA + history_of_mmengine())
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):  # the file names a class or function that is not plain data
+            raise InputError(
+                f"{path} holds more than tensors and plain data, and reading it could run code: "
+                "ask its author for a file of weights only"
+            ) from error
+        raise damaged(path) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise error if isinstance(error, InputError) else damaged(path) from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
+    return checkpoint
+
+
+def load(path: Path, allowed: list) -> Any:
+    there = torch.serialization.get_safe_globals()  # safe_globals would take these away when it ends
+    with torch.serialization.safe_globals([each for each in allowed if each not in there]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def intact(path: Path) -> bool:
+    """Whether the records in a file of ``torch.save`` have the checksums beside them, which ``torch.load`` ignores.
+
+    The format that PyTorch wrote before 1.6 and safetensors have no checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as file:
+            stored = all(record.compress_type == zipfile.ZIP_STORED for record in file.infolist())
+            return stored and file.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError):
+        return False
+
+
+def fetch(url: str, folder: str | Path | None = None) -> Path:
+    """Download the file at ``url`` into PyTorch's cache (or ``folder``) unless it is there already.
+
+    Raises:
+        InputError: it cannot be fetched, or is damaged or no checkpoint. Such a file is removed from the cache.
+    """
+    path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / Path(urlparse(url).path).name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
+        except OSError as error:
+            raise InputError(
+                f"cannot fetch {url} ({error}): fetch it elsewhere and name the file as checkpoint"
+            ) from error
+    try:
+        read_checkpoint(path)
+    except InputError:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def damaged(path: Path) -> InputError:
+    return InputError(f"{path} is not a checkpoint or is damaged: get or save it again")

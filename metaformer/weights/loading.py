@@ -1,0 +1,109 @@
+"""Load a state dict into a model, all of it or nothing."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from metaformer.errors import InputError
+from metaformer.formats import FROM, StateDict, recognised
+from metaformer.model import MetaFormer
+from metaformer.weights.files import read_checkpoint
+
+
+def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
+    """The weights in a checkpoint, bare or under ``state_dict`` or ``model``, under the names that they have there.
+
+    Args:
+        ema: take the moving average of the weights where the checkpoint has one.
+    """
+    keys = ["state_dict_ema", "state_dict", "model"] if ema else ["state_dict", "model"]
+    weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    for prefix in ("module.", "timm_model."):  # of DistributedDataParallel, of transformers' TimmWrapper
+        if weights and all(str(name).startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def named_for(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """The state dict under the names of ``model``: for a MetaFormer from any known format, for others as it is."""
+    kind = recognised(state_dict) if isinstance(model, MetaFormer) else None
+    return state_dict if kind is None else FROM[kind](state_dict)
+
+
+def load_weights(model: nn.Module, source: str | Path, *, ema: bool = True, replace_head: bool = False) -> str | None:
+    """Load a checkpoint into ``model``, all of it or nothing.
+
+    Args:
+        source: a file or folder, as for :func:`read_checkpoint`; for a :class:`MetaFormer` in any format of
+            :mod:`metaformer.formats`, for other models in their own.
+        ema: take the moving average of the weights where the checkpoint has one.
+        replace_head: keep the model's own classifier where the checkpoint's has another number of classes, or none. A
+            detector's or segmentor's checkpoint has neither the classifier nor the norm before it.
+
+    Returns:
+        The format that was recognised; ``None`` for other models.
+
+    Raises:
+        InputError: anything is missing, unexpected or of another shape.
+    """
+    weights = weights_of(read_checkpoint(source), ema)
+    load_state(model, weights, str(source), replace_head)
+    return recognised(weights) if isinstance(model, MetaFormer) else None
+
+
+def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_head: bool = False) -> None:
+    """Do as :func:`load_weights` for a state dict at hand, which errors call ``source``."""
+    head = tuple(f"{name}." for name in classifiers(model))
+    if isinstance(model, MetaFormer) and recognised(state_dict) == "toolbox":
+        head = ("norm.", *head)
+    own, given = model.state_dict(), named_for(state_dict, model)
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{source} is no checkpoint of a model: {name!r} is a {type(value).__name__}, no tensor")
+    problems = differences(own, given)
+    in_head = {name for names in problems.values() for name in names if str(name).startswith(head)}
+    if any(names - in_head for names in problems.values()):
+        raise InputError(
+            f"{source} holds another architecture than the model ({type(model).__name__}): {listed(problems)}"
+        )
+    if in_head and not replace_head:
+        classes = next((len(given[name]) for name in sorted(in_head & given.keys()) if given[name].ndim), None)
+        if classes is None:
+            raise InputError(
+                f"{source} holds a backbone without a classifier: use replace_head=true to start with a new one"
+            )
+        raise InputError(
+            f"{source} has a classifier of {classes} classes and the model one of {model.num_classes}: "
+            "use replace_head=true to start with a new classifier"
+        )
+    model.load_state_dict({name: (own if name in in_head else given)[name] for name in own})
+
+
+def classifiers(model: nn.Module) -> list[str]:
+    """Names of the classifier's layers, several for a distilled DeiT; none for models that do not tell."""
+    told = model.get_classifier() if hasattr(model, "get_classifier") else None
+    layers = told if isinstance(told, tuple | list) else [told]
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+
+
+def differences(own: StateDict, given: StateDict) -> dict[str, set[str]]:
+    """Names of the tensors in which ``given`` differs from a model's ``own``, by kind of difference."""
+    both = own.keys() & given.keys()
+    return {
+        "missing": own.keys() - given.keys(),
+        "unexpected": given.keys() - own.keys(),
+        "of another kind of number": {
+            name for name in both if own[name].is_floating_point() != given[name].is_floating_point()
+        },
+        "of another shape": {name for name in both if own[name].shape != given[name].shape},
+    }
+
+
+def listed(differences: dict[str, set[str]]) -> str:
+    """A phrase for an error message: how many names there are of each kind, and the first three."""
+    return ", ".join(
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in differences.items()
+        if names
+    )

@@ -1,0 +1,145 @@
+"""One way to open a checkpoint: the model as it was trained, with its input settings and the names of its classes."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from timm.data import resolve_data_config
+from timm.layers import to_2tuple
+from torch import nn
+
+from metaformer import variants
+from metaformer.errors import InputError, nearest
+from metaformer.formats import FROM, StateDict, recognised
+from metaformer.model import MetaFormer
+from metaformer.weights.described import Settings, described
+from metaformer.weights.files import locate, read_checkpoint
+from metaformer.weights.loading import classifiers, load_state, named_for, weights_of
+
+
+class Opened(NamedTuple):
+    """A model from a checkpoint and what belongs to it."""
+
+    model: nn.Module  # in eval mode, with its weights: the moving average if the run kept one
+    name: str  # timm's
+    size: tuple[int, int]  # height and width of the images in pixels
+    crop_pct: float  # share of the resized picture that the evaluation crop keeps
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: list[str] | None  # in the order of the logits; None where the checkpoint does not tell
+    model_args: dict[str, Any]  # of timm.create_model, in which the model differs from others of its name
+    config: Settings | None  # of the run that wrote the checkpoint; None if it is from elsewhere
+    path: Path | None  # of the checkpoint file; None for weights that timm keeps
+    format: str | None  # of the weights (metaformer.formats); None for models that are no MetaFormer
+
+    @property
+    def inputs(self) -> Settings:
+        """How pictures of ``size`` are made, as arguments of ``timm.data.create_transform``."""
+        return {name: getattr(self, name) for name in INPUTS}
+
+
+INPUTS = ("crop_pct", "interpolation", "mean", "std")
+
+
+def open_checkpoint(source: str | Path, model: str | None = None, **settings: Any) -> Opened:
+    """Build the model of a checkpoint with the arguments it was trained with, and load its weights.
+
+    Args:
+        source: the folder of a run or one of its files, a file or folder of any format in :mod:`metaformer.formats`, or
+            the name of a model whose released weights are fetched.
+        model: timm's name of the model, for a checkpoint that does not tell it.
+        settings: ``model_args``, ``img_size``, ``crop_pct``, ``interpolation``, ``mean`` and ``std``, in place of those
+            of the checkpoint.
+
+    Raises:
+        InputError: there is no such checkpoint, nothing tells its model, or it is of another model.
+    """
+    found = {name: value for name, value in settings.items() if value is not None}
+    if not Path(source).exists() and (str(source) == model or timm.is_model(str(source))):
+        name, kind = str(source), None
+        built = create(name, None, arguments_of(name, found), pretrained=True)
+        path = variants.released_file(name) if name in variants.VARIANTS else None
+    else:
+        path = locate(source)
+        checkpoint = read_checkpoint(path)
+        weights = weights_of(checkpoint)
+        kind = recognised(weights)
+        found = {**described(path, checkpoint, kind), **found}
+        name = model or found.get("model")
+        if name is None:
+            raise InputError(f"{path} does not say what model it is of: give --model poolformer_s12 or another")
+        if architecture(found.get("model") or name) != architecture(name):
+            raise InputError(f"{path} is a checkpoint of {found['model']}, not of {name}: leave out --model")
+        built = build(name, weights, found, path)
+    model_args = {key: value for key, value in (found.get("model_args") or {}).items() if value is not None}
+    names = found.pop("class_names", None)
+    if names and len(names) != built.num_classes:
+        raise InputError(f"{path} names {len(names)} classes, but its classifier has {built.num_classes}")
+    given = {key: found[key] for key in INPUTS if found.get(key) is not None}
+    own = resolve_data_config(given, model=built)
+    size = tuple(to_2tuple(found.get("img_size") or model_args.get("img_size") or own["input_size"][1:]))
+    own["input_size"] = (own["input_size"][0], *size)
+    built.pretrained_cfg = {**built.pretrained_cfg, **own}  # where timm's functions look for the input settings
+    inputs = (own["crop_pct"], own["interpolation"], tuple(own["mean"]), tuple(own["std"]))
+    config = found if "epochs" in found else None
+    kind = kind if isinstance(built, MetaFormer) else None
+    return Opened(built.eval(), name, size, *inputs, names, model_args, config, path, kind)
+
+
+def build(name: str, weights: StateDict, found: Settings, path: Path) -> nn.Module:
+    arguments = arguments_of(name, found)
+    kind = recognised(weights)
+    if kind and architecture(name) in variants.VARIANTS and "stem.weight" in (named := FROM[kind](weights)):
+        arguments.setdefault("in_chans", named["stem.weight"].shape[1])
+    num_classes = found.get("num_classes") or len(found.get("class_names") or ())
+    model = create(name, num_classes or None, arguments)
+    if not num_classes:
+        heads = tuple(f"{head}." for head in classifiers(model))
+        named = named_for(weights, model)
+        classes = [len(tensor) for key, tensor in named.items() if str(key).startswith(heads) and tensor.ndim > 1]
+        if not classes:
+            raise InputError(f"{path} has no classifier: only whole models can be opened")
+        model.reset_classifier(classes[0])
+    load_state(model, weights, str(path))
+    return model
+
+
+def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    """Call ``timm.create_model``.
+
+    Raises:
+        InputError: there is no such model, it does not take these arguments, or its weights cannot be fetched.
+    """
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise InputError(f"there is no model {name!r}{nearest(str(name), timm.list_models())}")
+    try:  # timm leaves out arguments that are None: a model without drop path need not know the word
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+    except TypeError as error:
+        raise InputError(f"{name} does not take these arguments: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"cannot fetch the released weights of {name} ({reason}): give a checkpoint instead"
+        ) from error
+
+
+def arguments_of(name: str, settings: Settings) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` that a run's settings stand for."""
+    arguments = {"drop_path_rate": settings.get("drop_path") or None, "drop_rate": settings.get("drop") or None}
+    if architecture(name) in variants.VARIANTS:
+        arguments["img_size"] = settings.get("img_size")  # for token mixers that fix the number of tokens
+    return {**arguments, **(settings.get("model_args") or {})}
+
+
+def architecture(name: str) -> str:
+    return str(name).partition(".")[0]  # after the dot, timm names the weights
+
+
+def fixes_size(model: nn.Module) -> bool:
+    """Whether images can be of one size only. Other architectures than MetaFormer are assumed to fix it."""
+    return not isinstance(model, MetaFormer) or any(
+        isinstance(getattr(module, "size", None), tuple) for module in model.modules()
+    )

@@ -1,0 +1,213 @@
+"""Write an opened checkpoint for another library: exactly what was trained, or not at all."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from metaformer.errors import InputError, nearest
+from metaformer.formats import TO, convert
+from metaformer.model import MetaFormer
+from metaformer.provenance import write_file, write_json, writing
+from metaformer.variants import POOLFORMERS, VARIANTS
+from metaformer.weights.loading import load_state
+from metaformer.weights.opener import Opened, fixes_size
+
+TARGETS = (*TO, "timm-hf")
+MODELS = {
+    "official": [name for name, variant in VARIANTS.items() if variant.release],
+    "timm": list(POOLFORMERS),
+    "mmpretrain": list(POOLFORMERS),
+}
+"""The models that there are in the libraries whose files hold weights alone."""
+TOLERANCE = 1e-4
+"""Largest relative difference of float32 outputs (Euclidean norms) that counts as rounding."""
+
+
+def write(opened: Opened, to: str, target: Path) -> list[str]:
+    """Write a MetaFormer for another library.
+
+    Args:
+        to: one of :data:`TARGETS`; ``"timm-hf"`` takes other models of timm as well.
+        target: a file; for ``"hf"`` and ``"timm-hf"`` a folder.
+
+    Returns:
+        Sentences on how much the results in the other library differ.
+
+    Raises:
+        InputError: the format or its library cannot represent the model, or the target cannot be written.
+    """
+    if to not in TARGETS:
+        raise InputError(f"there is no format {to!r}{nearest(to, TARGETS)}: there are {', '.join(TARGETS)}")
+    if to == "timm-hf":
+        return write_timm_folder(opened, target)
+    if not isinstance(opened.model, MetaFormer):
+        raise InputError(f"{to} has no {opened.name}, which is not a MetaFormer: use timm-hf")
+    if to == "hf":
+        return write_transformers_folder(opened, target)
+    known = MODELS.get(to, [opened.name])
+    if opened.name not in known:
+        raise InputError(f"{to} has no {opened.name}: it has {', '.join(known)}")
+    content, remarks = convert(opened.model.state_dict(), to), []
+    if to == "timm":
+        remarks = compared_with_timm(opened)
+    elif to != "ours":  # a reader of the file builds the model by its name
+        arguments = {
+            "img_size": opened.size,
+            "in_chans": opened.model.in_chans,
+            "num_classes": opened.model.num_classes,
+        }
+        by_name = timm.create_model(opened.name, **arguments)
+        check_same(opened, by_name, "ours", f"the {to} format, which holds weights alone,")
+    if to == "mmpretrain":
+        content = {"state_dict": content}
+    elif to == "ours":
+        own = {"model": opened.name, "model_args": opened.model_args, "img_size": opened.size[0], **opened.inputs}
+        content = {
+            "arch": opened.name,
+            "config": {**own, **(opened.config or {})},
+            "num_classes": opened.model.num_classes,
+            "class_names": opened.class_names,
+            "state_dict": content,
+        }
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_file(target, lambda file: torch.save(content, file))
+    return remarks
+
+
+def compared_with_timm(opened: Opened) -> list[str]:
+    model, build = opened.model, getattr(timm.models.metaformer, opened.name)
+    theirs = build(num_classes=model.num_classes, in_chans=model.in_chans)
+    check_same(opened, theirs, "timm", "timm's class", "forward_features")
+    theirs.load_state_dict(convert(model.state_dict(), "timm"))
+    images = random_images(opened)
+    with torch.inference_mode():
+        error = relative_error(theirs(images), model(images))
+    remark = (
+        "timm averages before the last norm, where the paper's code norms first: "
+        f"its logits differ by {100 * error:.1f} % on random images"
+    )
+    return [remark] if error > TOLERANCE else []
+
+
+def write_timm_folder(opened: Opened, folder: Path) -> list[str]:
+    """The folder of ``timm.models.save_for_hf``, which transformers' ``TimmWrapper`` and timm's ``local-dir:`` load."""
+    data = {"input_size": (opened.model.pretrained_cfg["input_size"][0], *opened.size), **opened.inputs}
+    names = {"label_names": opened.class_names}
+    with writing(folder):
+        try:
+            save_for_hf(opened.model, folder, model_config=names, data_config=data, safe_serialization=True)
+        except ValueError as error:
+            raise InputError(f"timm-hf cannot represent {opened.name} as it was trained: {error}") from error
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"].pop("num_classes", None)  # TimmWrapper gives it to timm.create_model itself
+    write_json(folder / "config.json", config)
+    return []
+
+
+def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
+    """The folder of transformers' PoolFormer: ``config.json``, ``preprocessor_config.json``, ``model.safetensors``."""
+    try:
+        from transformers import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
+    except ImportError as error:
+        raise InputError("to write a Hugging Face model, transformers is needed: pip install transformers") from error
+    model, side = opened.model, opened.size[0]
+    if opened.size != (side, side):
+        raise InputError(f"transformers' processor crops squares, and {opened.name} takes images of {opened.size}")
+    weights, names = model.state_dict(), opened.class_names or [f"LABEL_{i}" for i in range(model.num_classes)]
+    convs = [model.stem, *(stage.downsample for stage in model.stages[1:])]
+    mlp = weights.get("stages.0.blocks.0.mlp.fc1.weight")
+    theirs = PoolFormerForImageClassification(
+        PoolFormerConfig(
+            depths=[len(stage.blocks) for stage in model.stages],
+            hidden_sizes=[conv.out_channels for conv in convs],
+            patch_sizes=[conv.kernel_size[0] for conv in convs],
+            strides=[conv.stride[0] for conv in convs],
+            padding=[conv.padding[0] for conv in convs],
+            num_encoder_blocks=len(convs),
+            num_channels=model.in_chans,
+            mlp_ratio=4.0 if mlp is None else len(mlp) / model.stem.out_channels,
+            use_layer_scale="stages.0.blocks.0.layer_scale1" in weights,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+        )
+    )
+    check_same(opened, theirs, "hf", "transformers' PoolFormer")
+    theirs.load_state_dict(convert(weights, "hf"))
+    processor = PoolFormerImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        crop_pct=opened.crop_pct,
+        resample=int(Image.Resampling[opened.interpolation.upper()]),
+        image_mean=opened.mean,
+        image_std=opened.std,
+    )
+    with writing(folder):
+        theirs.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    # transformers rounds the crop's corner down, torchvision to the nearest even number.
+    margin = int(side / opened.crop_pct) - side
+    why = ", because its crop lies one pixel further up and left" if round(margin / 2) != margin // 2 else ""
+    return [
+        f"transformers' image processor changes the logits of a square test picture by "
+        f"{100 * difference_by(processor, opened):.2f} %{why}"
+    ]
+
+
+@torch.inference_mode()
+def difference_by(processor: Any, opened: Opened) -> float:
+    """Relative difference of the logits of a picture when ``processor`` prepares it in place of timm's transforms."""
+    rough = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    picture = Image.fromarray(rough).resize((2 * opened.size[0],) * 2, Image.Resampling.BICUBIC)
+    ours = create_transform(opened.size[0], **opened.inputs)(picture)[None]
+    theirs = processor(picture, return_tensors="pt")["pixel_values"]
+    return relative_error(opened.model(theirs), opened.model(ours))
+
+
+@torch.inference_mode()
+def check_same(opened: Opened, theirs: nn.Module, form: str, library: str, method: str = "forward") -> None:
+    """Refuse a model that computes something else in ``library``, whose class ``theirs`` names tensors as ``form``.
+
+    The comparison is with weights drawn large enough to matter, since LayerScale may hide most of a model.
+
+    Raises:
+        InputError: other tensors, or another output of ``method`` (a method of both) on random images.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = deepcopy(opened.model)
+    for tensor in filter(Tensor.is_floating_point, model.state_dict().values()):
+        if tensor.ndim > 1:
+            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
+        else:  # not negative, as variances are here too
+            tensor.uniform_(0.5, 1.5, generator=generator)
+    differing = ", ".join(f"{name}={value}" for name, value in opened.model_args.items()) or opened.name
+    refused = f"{library} cannot represent {opened.name} as it was trained ({differing})"
+    try:
+        load_state(theirs.eval(), convert(model.state_dict(), form), "it")
+    except InputError as error:
+        raise InputError(f"{refused}: {error}") from error
+    images = random_images(opened)
+    output = getattr(theirs, method)(images)
+    error = relative_error(getattr(output, "logits", output), getattr(model, method)(images))
+    if not error <= TOLERANCE:
+        raise InputError(f"{refused}: with equal weights, its output would differ by {100 * error:.0f} %")
+
+
+def random_images(opened: Opened) -> Tensor:
+    """(2, in_chans, H, W), so large that no map has one position only, in which an average would change nothing."""
+    smallest = 0 if fixes_size(opened.model) else 2 * opened.model.feature_info[-1]["reduction"]
+    size = (max(side, smallest) for side in opened.size)
+    return torch.randn(2, opened.model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).norm() / reference.norm()).item()
