@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,18 @@ class Config(BaseModel):
         if not 0 < value[0] <= value[1]:
             raise ValueError("the first number must be positive and not larger than the second")
         return value
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _augmentation(cls, name: str | None) -> str | None:
+        # timm passes over a section that it cannot read, and over what a magnitude has above its maximum.
+        sections = re.fullmatch(r"(rand|augmix)((-t\w*|-[a-z]+\d+(\.\d+)?)*)", name or "rand")
+        if name and name.startswith(("rand", "augmix")) and not sections:
+            raise ValueError("a section is a letter or word with a number, as in rand-m9-mstd0.5-inc1")
+        magnitude = re.search(r"-m(\d+(\.\d+)?)", name or "")
+        if magnitude and float(magnitude[1]) > 10 and "-mmax" not in name:
+            raise ValueError("the magnitude is m0 to m10")
+        return name
 
     @field_validator("opt")
     @classmethod

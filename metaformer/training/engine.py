@@ -106,7 +106,7 @@ class Trainer:
         workers = processes.default_workers() if config.workers is None else config.workers
         self.data = load_data(config, workers)
         seed_everything(config.seed)
-        self.model = model = build_model(config, self.data.num_classes)
+        self.model = model = build_model(config, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
         self.check_same_start()
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -114,7 +114,7 @@ class Trainer:
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         if config.compile:
-            model.compile()
+            model.compile(dynamic=False)  # else the kernels would depend on the sizes seen before
         self.cast = autocast(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
 

@@ -35,8 +35,6 @@ PAUSE = 1.0
 CORES_PER_RUN = 4
 """On a machine with GPUs, for the run's process and its loader."""
 
-Settings = dict[str, Any]
-
 
 class Task(BaseModel):
     """The data that a study is on; other data are refused."""
@@ -58,7 +56,7 @@ class Study(BaseModel):
     data: Task
     rows: Annotated[list[str], Field(min_length=1)] = list(ROWS)
     seeds: Annotated[list[Count], Field(min_length=1)] = [0, 1, 2]
-    recipe: Settings
+    recipe: dict[str, Any]
 
 
 class Run(NamedTuple):
