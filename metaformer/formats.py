@@ -1,11 +1,11 @@
-"""State dicts by the names that other libraries give the same tensors, to ours and back.
+"""State dicts under the names that other libraries give the same tensors, to ours and back.
 
 =============  =====================================================================================
 ``official``   github.com/sail-sg/poolformer: ``patch_embed``, ``network.*``
 ``timm``       ``timm.models.metaformer``: ``stem.conv``, ``head.norm``, ``head.fc``
 ``hf``         transformers' ``PoolFormerForImageClassification``: ``poolformer.encoder.*``
 ``mmpretrain`` the official names under ``backbone``, ``head.fc``
-``toolbox``    a detector or segmentor trained with :mod:`metaformer.mm`; its backbone, to read only
+``toolbox``    a detector or segmentor trained with :mod:`metaformer.mm`; its backbone can only be read
 ``ours``       this package's
 =============  =====================================================================================
 """
@@ -18,41 +18,30 @@ from torch import Tensor
 from metaformer.errors import InputError, nearest
 
 StateDict = dict[str, Tensor]
-Rules = list[tuple[str, str]]
+Rows = list[tuple[str, str]]
+"""Our name and the other library's: whole, or up to a dot. The letters in braces stand for numbers."""
 
-BLOCK = r"^stages\.(\d+)\.blocks\.(\d+)\."
-TO_TIMM: Rules = [
-    (r"^stem\.", "stem.conv."),
-    (r"\.downsample\.", ".downsample.conv."),
-    (r"\.layer_scale([12])$", r".layer_scale\1.scale"),
-    (r"^norm\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+TIMM: Rows = [
+    ("stem.", "stem.conv."),
+    ("stages.{i}.downsample.", "stages.{i}.downsample.conv."),
+    ("stages.{i}.blocks.{j}.layer_scale{k}", "stages.{i}.blocks.{j}.layer_scale{k}.scale"),
+    ("norm.", "head.norm."),
+    ("head.", "head.fc."),
 ]
-FROM_TIMM: Rules = [
-    (r"^stem\.conv\.", "stem."),
-    (r"\.downsample\.conv\.", ".downsample."),
-    (r"\.layer_scale([12])\.scale$", r".layer_scale\1"),
-    (r"^head\.norm\.", "norm."),
-    (r"^head\.fc\.", "head."),
+HF: Rows = [
+    ("stem.", "poolformer.encoder.patch_embeddings.0.projection."),
+    ("stages.{i}.downsample.", "poolformer.encoder.patch_embeddings.{i}.projection."),
+    ("stages.{i}.blocks.{j}.norm1.", "poolformer.encoder.block.{i}.{j}.before_norm."),
+    ("stages.{i}.blocks.{j}.norm2.", "poolformer.encoder.block.{i}.{j}.after_norm."),
+    ("stages.{i}.blocks.{j}.mlp.fc{k}.", "poolformer.encoder.block.{i}.{j}.output.conv{k}."),
+    ("stages.{i}.blocks.{j}.layer_scale{k}", "poolformer.encoder.block.{i}.{j}.layer_scale_{k}"),
+    ("head.", "classifier."),
 ]
-TO_HF: Rules = [
-    (r"^stem\.", "poolformer.encoder.patch_embeddings.0.projection."),
-    (r"^stages\.(\d+)\.downsample\.", r"poolformer.encoder.patch_embeddings.\1.projection."),
-    (BLOCK + "norm1", r"poolformer.encoder.block.\1.\2.before_norm"),
-    (BLOCK + "norm2", r"poolformer.encoder.block.\1.\2.after_norm"),
-    (BLOCK + r"mlp\.fc([12])", r"poolformer.encoder.block.\1.\2.output.conv\3"),
-    (BLOCK + "layer_scale([12])$", r"poolformer.encoder.block.\1.\2.layer_scale_\3"),
-    (r"^head\.", "classifier."),
-]
-FROM_HF: Rules = [
-    (r"^poolformer\.encoder\.patch_embeddings\.0\.projection\.", "stem."),
-    (r"^poolformer\.encoder\.patch_embeddings\.(\d+)\.projection\.", r"stages.\1.downsample."),
-    (r"^poolformer\.encoder\.block\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.before_norm\.", ".norm1."),
-    (r"\.after_norm\.", ".norm2."),
-    (r"\.output\.conv([12])\.", r".mlp.fc\1."),
-    (r"\.layer_scale_([12])$", r".layer_scale\1"),
-    (r"^classifier\.", "head."),
+MMPRETRAIN: Rows = [  # the first name is the official one
+    ("patch_embed.", "backbone.patch_embed."),
+    ("network.", "backbone.network."),
+    ("norm.", "backbone.norm6."),  # follows network.6, the blocks of the last stage
+    ("head.", "head.fc."),
 ]
 
 
@@ -60,7 +49,7 @@ def renamed(state_dict: StateDict, rename: Callable[[str], str]) -> StateDict:
     """The tensors under other names.
 
     Raises:
-        InputError: two would have the same.
+        InputError: two tensors would have the same name.
     """
     result: StateDict = {}
     for name, tensor in state_dict.items():
@@ -71,11 +60,16 @@ def renamed(state_dict: StateDict, rename: Callable[[str], str]) -> StateDict:
     return result
 
 
-def by(rules: Rules) -> Callable[[StateDict], StateDict]:
+def by(rows: Rows, back: bool = False) -> Callable[[StateDict], StateDict]:
+    """Renames by the first row that fits, from ours to the other library's, or ``back``."""
+    rules = []
+    for ours, theirs in rows:
+        given, wanted = (theirs, ours) if back else (ours, theirs)
+        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(given)) + ("" if given.endswith(".") else r"\Z")
+        rules.append((re.compile(pattern), re.sub(r"{(\w)}", r"\\g<\1>", wanted)))
+
     def rename(name: str) -> str:
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        return name
+        return next((pattern.sub(new, name, 1) for pattern, new in rules if pattern.match(name)), name)
 
     return lambda state_dict: renamed(state_dict, rename)
 
@@ -115,41 +109,26 @@ def from_official(state_dict: StateDict) -> StateDict:
     return renamed(state_dict, rename)
 
 
-def to_mmpretrain(state_dict: StateDict) -> StateDict:
-    # norm6 follows network.6, the blocks of the last stage.
-    rules = [(r"^norm\.", "backbone.norm6."), (r"^head\.", "head.fc."), (r"^(?=network\.|patch_embed\.)", "backbone.")]
-    return by(rules)(to_official(state_dict))
-
-
-def from_mmpretrain(state_dict: StateDict) -> StateDict:
-    rules = [(r"^backbone\.norm6\.", "norm."), (r"^head\.fc\.", "head."), (r"^backbone\.", "")]
-    return from_official(by(rules)(state_dict))
-
-
 def from_toolbox(state_dict: StateDict) -> StateDict:
     """The trunk alone: heads and norms of the levels are those of another task."""
     trunk = re.compile(r"backbone\.(?=stem\.|stages\.)")
     return {trunk.sub("", str(name), 1): tensor for name, tensor in state_dict.items() if trunk.match(str(name))}
 
 
-def unchanged(state_dict: StateDict) -> StateDict:
-    return renamed(state_dict, str)
-
-
-TO = {
+TO: dict[str, Callable[[StateDict], StateDict]] = {
     "official": to_official,
-    "timm": by(TO_TIMM),
-    "hf": by(TO_HF),
-    "mmpretrain": to_mmpretrain,
-    "ours": unchanged,
+    "timm": by(TIMM),
+    "hf": by(HF),
+    "mmpretrain": lambda state_dict: by(MMPRETRAIN)(to_official(state_dict)),
+    "ours": by([]),
 }
-FROM = {
+FROM: dict[str, Callable[[StateDict], StateDict]] = {
     "official": from_official,
-    "timm": by(FROM_TIMM),
-    "hf": by(FROM_HF),
-    "mmpretrain": from_mmpretrain,
+    "timm": by(TIMM, back=True),
+    "hf": by(HF, back=True),
+    "mmpretrain": lambda state_dict: from_official(by(MMPRETRAIN, back=True)(state_dict)),
     "toolbox": from_toolbox,
-    "ours": unchanged,
+    "ours": by([]),
 }
 MARKS = {
     "official": r"network\.0\.0\.",

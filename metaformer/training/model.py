@@ -73,12 +73,25 @@ def class_order(trained: list[str] | None, data: list[str] | None, source: str) 
 
 
 def settings_of(opened: Opened, overrides: dict[str, Any] | None = None) -> Config:
-    """The settings with which an opened checkpoint is used: of its own run, its input, and ``overrides`` over both."""
+    """The settings with which an opened checkpoint is used: of its own run, its input, and ``overrides`` over both.
+
+    Raises:
+        InputError: a setting that does not exist, or images that are no squares.
+    """
+    source, (height, width) = str(opened.path or opened.name), opened.size
+    if height != width:
+        raise InputError(
+            f"{source} takes images of {height} x {width} pixels, and pictures are cropped to squares only"
+        )
     run = {name: value for name, value in (opened.config or {}).items() if value is not None}
-    own = {name: getattr(opened, name) for name in ("model_args", "crop_pct", "interpolation", "mean", "std")}
-    own |= {"img_size": opened.size[0], "num_classes": opened.model.num_classes}
+    own = {
+        "model_args": opened.model_args,
+        "img_size": height,
+        "num_classes": opened.model.num_classes,
+        **opened.inputs,
+    }
     start = {"model": opened.name, "pretrained": False, "checkpoint": None, "replace_head": False}
-    return check({**own, **run, **(overrides or {}), **start}, source=str(opened.path or opened.name))
+    return check({**own, **run, **(overrides or {}), **start}, source=source)
 
 
 def released_weights(config: Config) -> dict[str, str] | None:

@@ -56,11 +56,11 @@ def of_folder(folder: Path, kind: str | None) -> Settings:
             "model_args": {key: value for key, value in model_args.items() if key != "num_classes"},
             "num_classes": config.get("num_classes"),
             "class_names": ordered(config.get("label_names")),
-            "img_size": (cfg.get("input_size") or [None])[-1],
+            "img_size": (cfg.get("input_size") or ())[-2:] or None,
             **{key: cfg.get(key) for key in ("crop_pct", "interpolation", "mean", "std")},
         }
     if config.get("model_type") != "poolformer":
-        raise InputError(f"{folder} holds a {config.get('model_type')!r} of transformers: only its PoolFormer is read")
+        return {}
     stride = config.get("strides", [4])[0]
     fixed = {
         "patch_sizes": [7, 3, 3, 3],

@@ -20,27 +20,26 @@ from metaformer.weights.loading import classifiers, load_state, named_for, weigh
 class Opened(NamedTuple):
     """A model from a checkpoint and what belongs to it."""
 
-    model: nn.Module
-    """In eval mode, with its weights: the moving average if the run kept one."""
-    name: str
-    """timm's name of the architecture."""
-    size: tuple[int, int]
-    """Height and width of the images in pixels."""
-    crop_pct: float
-    """Share of the resized picture that the evaluation crop keeps."""
+    model: nn.Module  # in eval mode, with its weights: the moving average if the run kept one
+    name: str  # timm's
+    size: tuple[int, int]  # height and width of the images in pixels
+    crop_pct: float  # share of the resized picture that the evaluation crop keeps
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    class_names: list[str] | None
-    """In the order of the logits; ``None`` where the checkpoint does not tell."""
-    model_args: dict[str, Any]
-    """Arguments of ``timm.create_model`` in which the model differs from others of its name."""
-    config: Settings | None
-    """All settings of the run that wrote the checkpoint; ``None`` if it is from elsewhere."""
-    path: Path | None
-    """The checkpoint file; ``None`` for weights that timm keeps."""
-    format: str | None
-    """The format of the weights (:mod:`metaformer.formats`); ``None`` for models that are no MetaFormer."""
+    class_names: list[str] | None  # in the order of the logits; None where the checkpoint does not tell
+    model_args: dict[str, Any]  # of timm.create_model, in which the model differs from others of its name
+    config: Settings | None  # of the run that wrote the checkpoint; None if it is from elsewhere
+    path: Path | None  # of the checkpoint file; None for weights that timm keeps
+    format: str | None  # of the weights (metaformer.formats); None for models that are no MetaFormer
+
+    @property
+    def inputs(self) -> Settings:
+        """How pictures of ``size`` are made, as arguments of ``timm.data.create_transform``."""
+        return {name: getattr(self, name) for name in INPUTS}
+
+
+INPUTS = ("crop_pct", "interpolation", "mean", "std")
 
 
 def open_checkpoint(source: str | Path, model: str | None = None, **settings: Any) -> Opened:
@@ -77,25 +76,15 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
     names = found.pop("class_names", None)
     if names and len(names) != built.num_classes:
         raise InputError(f"{path} names {len(names)} classes, but its classifier has {built.num_classes}")
-    # timm's functions look for the input settings in the model's pretrained_cfg.
-    given = {key: found[key] for key in ("crop_pct", "interpolation", "mean", "std") if found.get(key) is not None}
+    given = {key: found[key] for key in INPUTS if found.get(key) is not None}
     own = resolve_data_config(given, model=built)
-    size = to_2tuple(model_args.get("img_size") or found.get("img_size") or own["input_size"][1:])
-    built.pretrained_cfg = {**built.pretrained_cfg, **own, "input_size": (own["input_size"][0], *size)}
-    return Opened(
-        model=built.eval(),
-        name=name,
-        size=tuple(size),
-        crop_pct=own["crop_pct"],
-        interpolation=own["interpolation"],
-        mean=tuple(own["mean"]),
-        std=tuple(own["std"]),
-        class_names=names,
-        model_args=model_args,
-        config=found if "epochs" in found else None,
-        path=path,
-        format=kind if isinstance(built, MetaFormer) else None,
-    )
+    size = tuple(to_2tuple(found.get("img_size") or model_args.get("img_size") or own["input_size"][1:]))
+    own["input_size"] = (own["input_size"][0], *size)
+    built.pretrained_cfg = {**built.pretrained_cfg, **own}  # where timm's functions look for the input settings
+    inputs = (own["crop_pct"], own["interpolation"], tuple(own["mean"]), tuple(own["std"]))
+    config = found if "epochs" in found else None
+    kind = kind if isinstance(built, MetaFormer) else None
+    return Opened(built.eval(), name, size, *inputs, names, model_args, config, path, kind)
 
 
 def build(name: str, weights: StateDict, found: Settings, path: Path) -> nn.Module:

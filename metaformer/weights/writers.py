@@ -60,15 +60,20 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
     if to == "timm":
         remarks = compared_with_timm(opened)
     elif to != "ours":  # a reader of the file builds the model by its name
-        size = {"img_size": opened.size, "in_chans": opened.model.in_chans}
-        by_name = timm.create_model(opened.name, num_classes=opened.model.num_classes, **size)
+        arguments = {
+            "img_size": opened.size,
+            "in_chans": opened.model.in_chans,
+            "num_classes": opened.model.num_classes,
+        }
+        by_name = timm.create_model(opened.name, **arguments)
         check_same(opened, by_name, "ours", f"the {to} format, which holds weights alone,")
     if to == "mmpretrain":
         content = {"state_dict": content}
     elif to == "ours":
+        own = {"model": opened.name, "model_args": opened.model_args, "img_size": opened.size[0], **opened.inputs}
         content = {
             "arch": opened.name,
-            "config": {**settings(opened), **(opened.config or {})},
+            "config": {**own, **(opened.config or {})},
             "num_classes": opened.model.num_classes,
             "class_names": opened.class_names,
             "state_dict": content,
@@ -79,28 +84,32 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
     return remarks
 
 
-def settings(opened: Opened) -> dict[str, Any]:
-    names = ("model_args", "crop_pct", "interpolation", "mean", "std")
-    return {"model": opened.name, "img_size": opened.size[0], **{name: getattr(opened, name) for name in names}}
+def compared_with_timm(opened: Opened) -> list[str]:
+    model, build = opened.model, getattr(timm.models.metaformer, opened.name)
+    theirs = build(num_classes=model.num_classes, in_chans=model.in_chans)
+    check_same(opened, theirs, "timm", "timm's class", "forward_features")
+    theirs.load_state_dict(convert(model.state_dict(), "timm"))
+    images = random_images(opened)
+    with torch.inference_mode():
+        error = relative_error(theirs(images), model(images))
+    remark = (
+        "timm averages before the last norm, where the paper's code norms first: "
+        f"its logits differ by {100 * error:.1f} % on random images"
+    )
+    return [remark] if error > TOLERANCE else []
 
 
 def write_timm_folder(opened: Opened, folder: Path) -> list[str]:
     """The folder of ``timm.models.save_for_hf``, which transformers' ``TimmWrapper`` and timm's ``local-dir:`` load."""
-    data = {name: getattr(opened, name) for name in ("crop_pct", "interpolation", "mean", "std")}
-    data["input_size"] = (opened.model.pretrained_cfg["input_size"][0], *opened.size)
+    data = {"input_size": (opened.model.pretrained_cfg["input_size"][0], *opened.size), **opened.inputs}
+    names = {"label_names": opened.class_names}
     with writing(folder):
         try:
-            save_for_hf(
-                opened.model,
-                folder,
-                model_config={"label_names": opened.class_names},
-                safe_serialization=True,
-                data_config=data,
-            )
+            save_for_hf(opened.model, folder, model_config=names, data_config=data, safe_serialization=True)
         except ValueError as error:
             raise InputError(f"timm-hf cannot represent {opened.name} as it was trained: {error}") from error
     config = json.loads((folder / "config.json").read_text())
-    config["model_args"].pop("num_classes", None)  # TimmWrapper gives it to timm.create_model itself, for new heads
+    config["model_args"].pop("num_classes", None)  # TimmWrapper gives it to timm.create_model itself
     write_json(folder / "config.json", config)
     return []
 
@@ -159,27 +168,9 @@ def difference_by(processor: Any, opened: Opened) -> float:
     """Relative difference of the logits of a picture when ``processor`` prepares it in place of timm's transforms."""
     rough = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     picture = Image.fromarray(rough).resize((2 * opened.size[0],) * 2, Image.Resampling.BICUBIC)
-    inputs = {name: getattr(opened, name) for name in ("interpolation", "mean", "std", "crop_pct")}
-    ours = create_transform(opened.size[0], is_training=False, **inputs)(picture)[None]
+    ours = create_transform(opened.size[0], **opened.inputs)(picture)[None]
     theirs = processor(picture, return_tensors="pt")["pixel_values"]
     return relative_error(opened.model(theirs), opened.model(ours))
-
-
-def compared_with_timm(opened: Opened) -> list[str]:
-    theirs = getattr(timm.models.metaformer, opened.name)(
-        num_classes=opened.model.num_classes, in_chans=opened.model.in_chans
-    )
-    check_same(opened, theirs, "timm", "timm's class", "forward_features")
-    theirs.load_state_dict(convert(opened.model.state_dict(), "timm"))
-    images = random_images(opened)
-    with torch.inference_mode():
-        error = relative_error(theirs(images), opened.model(images))
-    if error <= TOLERANCE:
-        return []
-    return [
-        "timm averages before the last norm, where the paper's code norms first: "
-        f"its logits differ by {100 * error:.1f} % on random images"
-    ]
 
 
 @torch.inference_mode()
@@ -192,32 +183,23 @@ def check_same(opened: Opened, theirs: nn.Module, form: str, library: str, metho
         InputError: other tensors, or another output of ``method`` (a method of both) on random images.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def draw(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        if tensor.ndim > 1:
-            return torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5
-        return torch.rand(tensor.shape, generator=generator) + 0.5
-
     model = deepcopy(opened.model)
-    drawn = {name: draw(tensor) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(drawn)
+    for tensor in filter(Tensor.is_floating_point, model.state_dict().values()):
+        if tensor.ndim > 1:
+            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
+        else:  # not negative, as variances are here too
+            tensor.uniform_(0.5, 1.5, generator=generator)
     differing = ", ".join(f"{name}={value}" for name, value in opened.model_args.items()) or opened.name
+    refused = f"{library} cannot represent {opened.name} as it was trained ({differing})"
     try:
-        load_state(theirs.eval(), convert(drawn, form), "it")
+        load_state(theirs.eval(), convert(model.state_dict(), form), "it")
     except InputError as error:
-        raise InputError(
-            f"{library} cannot represent {opened.name} as it was trained ({differing}): {error}"
-        ) from error
+        raise InputError(f"{refused}: {error}") from error
     images = random_images(opened)
     output = getattr(theirs, method)(images)
     error = relative_error(getattr(output, "logits", output), getattr(model, method)(images))
     if not error <= TOLERANCE:
-        raise InputError(
-            f"{library} cannot represent {opened.name} as it was trained ({differing}): with equal weights, the output "
-            f"would differ by {100 * error:.0f} %"
-        )
+        raise InputError(f"{refused}: with equal weights, its output would differ by {100 * error:.0f} %")
 
 
 def random_images(opened: Opened) -> Tensor:
