@@ -213,9 +213,8 @@ class ResultRecord(Hook):
         print_log(f"result record: {path}", logger="current")
 
 
-def mim_command() -> str | None:
+def mim_command(process: Path = Path("/proc/self")) -> str | None:
     """The ``mim`` command as it was typed, from the processes that started this one; None without mim or /proc."""
-    process = Path("/proc/self")
     while (process / "cmdline").is_file():
         words = (process / "cmdline").read_text().split("\0")[:-1]
         if len(words) > 1 and Path(words[1]).name == "mim":
