@@ -474,7 +474,7 @@ def test_torch_hub():
     assert (type(model), model.num_classes) == (MetaFormer, 3)
     model = torch.hub.load(str(ROOT), "metaformer", "metaformer_s12_ppff", source="local", img_size=64)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
-    with pytest.raises(InputError, match="there is no variant 'poolformer_s13'.*poolformer_s12"):
+    with pytest.raises(InputError, match=r"there is no variant 'poolformer_s13'.*poolformer_s12"):
         torch.hub.load(str(ROOT), "metaformer", "poolformer_s13", source="local")
 
 
