@@ -31,33 +31,58 @@ class Ended(NamedTuple):
     printed: str
 
 
-def pair(*settings: str, folders: tuple[Path, Path], of_one: tuple[str, ...] = ()) -> list[Ended]:
-    """Train in two processes over gloo, each in its folder; ``of_one`` are settings of the second alone.
+FRESH = multiprocessing.get_context("forkserver")
+"""Starts processes from one that has imported PyTorch and has no threads of it, unlike the one that runs the tests."""
+FRESH.set_forkserver_preload(["metaformer.training.engine", "torch.distributed"])
 
-    The processes are forked from this one, so that patches made here hold there.
-    """
+
+class Signal(NamedTuple):
+    """Sent by the process ``rank`` to itself when it calls a method of the trainer for the second time."""
+
+    method: str
+    rank: int
+    number: int = signal.SIGTERM
+
+
+def pair(
+    *settings: str, folders: tuple[Path, Path], of_one: tuple[str, ...] = (), stop: Signal | None = None
+) -> list[Ended]:
+    """Train in two processes over gloo, each in its folder; ``of_one`` are settings of the second alone."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-
-    def work(rank: int) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        os.chdir(folders[rank])
-        sys.stdout = sys.stderr = Path(f"printed-{rank}").open("w", buffering=1)  # noqa: SIM115
-        torch.set_num_threads(1)
-        Path("empty.yaml").write_text("")
-        run_command(lambda: trained("empty.yaml", *TINY, *settings, *(of_one if rank else ())))
-
-    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
-    for folder, process in zip(folders, processes, strict=True):
+    arguments = ["empty.yaml", *TINY, *settings]
+    processes = []
+    for rank, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
-        process.start()
+        (folder / "empty.yaml").write_text("")
+        own = [*arguments, *(of_one if rank else ())]
+        processes.append(FRESH.Process(target=work, args=(rank, port, folder, own, stop)))
+        processes[-1].start()
     for process in processes:
         process.join(120)
     status = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
     return [Ended(status[rank], (folders[rank] / f"printed-{rank}").read_text()) for rank in range(2)]
+
+
+def work(rank: int, port: str, folder: Path, arguments: list[str], stop: Signal | None) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.chdir(folder)
+    sys.stdout = sys.stderr = Path(f"printed-{rank}").open("w", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    if stop and stop.rank == rank:
+        original, calls = getattr(engine.Trainer, stop.method), []
+
+        def call(self, *arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), stop.number)
+            return original(self, *arguments)
+
+        setattr(engine.Trainer, stop.method, call)
+    run_command(lambda: trained(*arguments))
 
 
 RANDOM = (*EVERYTHING_RANDOM, "output=run")
@@ -89,26 +114,11 @@ def test_two_processes_give_the_curve_of_one_that_accumulates(run, pictures, tmp
     assert json.loads((tmp_path / "two" / "run.json").read_text())["devices"] == 2
 
 
-def signal_once(monkeypatch, method: str, rank: int, number: int) -> None:
-    """Send the process of that rank a signal when it has called the method of the trainer twice."""
-    original, calls = getattr(engine.Trainer, method), []
-
-    def call(self, *arguments):
-        calls.append(1)
-        if len(calls) == 2 and self.processes.rank == rank:
-            os.kill(os.getpid(), number)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(engine.Trainer, method, call)
-
-
 @pytest.mark.parametrize(("method", "rank"), [("optimizer_step", 1), ("interruptible", 0), ("interruptible", 1)])
-def test_a_signal_to_one_process_stops_both(method, rank, undisturbed, pictures, tmp_path, monkeypatch):
+def test_a_signal_to_one_process_stops_both(method, rank, undisturbed, pictures, tmp_path):
     """Also while validating, where the first process has two batches of the 9 images and the second has one."""
     settings, folders = (f"data_dir={pictures}", *RANDOM), (tmp_path, tmp_path)
-    with monkeypatch.context() as patch:
-        signal_once(patch, method, rank, signal.SIGTERM)
-        ended = pair(*settings, folders=folders)
+    ended = pair(*settings, folders=folders, stop=Signal(method, rank))
     assert [process.status for process in ended] == [128 + signal.SIGTERM] * 2
     assert "SIGTERM: saved epoch" in ended[0].printed
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 2
@@ -117,13 +127,10 @@ def test_a_signal_to_one_process_stops_both(method, rank, undisturbed, pictures,
     assert losses(undisturbed) == losses(tmp_path / "run")
 
 
-def test_machines_that_share_no_disk_continue_from_the_first_ones_checkpoint(
-    undisturbed, pictures, tmp_path, monkeypatch
-):
+def test_machines_that_share_no_disk_continue_from_the_first_ones_checkpoint(undisturbed, pictures, tmp_path):
     settings, folders = (f"data_dir={pictures}", *RANDOM), (tmp_path / "first", tmp_path / "second")
-    with monkeypatch.context() as patch:
-        signal_once(patch, "optimizer_step", 0, signal.SIGTERM)
-        assert {process.status for process in pair(*settings, folders=folders)} == {128 + signal.SIGTERM}
+    ended = pair(*settings, folders=folders, stop=Signal("optimizer_step", 0))
+    assert {process.status for process in ended} == {128 + signal.SIGTERM}
     assert not (folders[1] / "run").exists()
     assert [process.status for process in pair(*settings, "resume=true", folders=folders)] == [0, 0]
     assert same_weights(undisturbed, folders[0] / "run")

@@ -141,5 +141,5 @@ def architecture(name: str) -> str:
 def fixes_size(model: nn.Module) -> bool:
     """Whether images can be of one size only. Other architectures than MetaFormer are assumed to fix it."""
     return not isinstance(model, MetaFormer) or any(
-        isinstance(getattr(module, "size", None), tuple) for module in model.modules()
+        isinstance(getattr(module, "map_size", None), tuple) for module in model.modules()
     )
