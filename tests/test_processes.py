@@ -1,89 +1,25 @@
 """Several processes: the same numbers as one, decisions taken together, and machines that share no disk."""
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import timm
 import torch
 import yaml
 
-from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, trained, wait_for
-from metaformer.errors import run_command
-from metaformer.training import engine, slurm
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, wait_for
+from metaformer.training import slurm
 from metaformer.training.config import load_config
 from metaformer.weights import read_checkpoint
 from oracles import relative_error
+from pairs import Signal, pair
 from test_training import losses, rows, same_weights
-
-
-class Ended(NamedTuple):
-    status: int | None
-    """None of a process that had to be killed."""
-    printed: str
-
-
-FRESH = multiprocessing.get_context("forkserver")
-"""Starts processes from one that has imported PyTorch and has no threads of it, unlike the one that runs the tests."""
-FRESH.set_forkserver_preload(["metaformer.training.engine", "torch.distributed"])
-
-
-class Signal(NamedTuple):
-    """Sent by the process ``rank`` to itself when it calls a method of the trainer for the second time."""
-
-    method: str
-    rank: int
-    number: int = signal.SIGTERM
-
-
-def pair(
-    *settings: str, folders: tuple[Path, Path], of_one: tuple[str, ...] = (), stop: Signal | None = None
-) -> list[Ended]:
-    """Train in two processes over gloo, each in its folder; ``of_one`` are settings of the second alone."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    arguments = ["empty.yaml", *TINY, *settings]
-    processes = []
-    for rank, folder in enumerate(folders):
-        folder.mkdir(exist_ok=True)
-        (folder / "empty.yaml").write_text("")
-        own = [*arguments, *(of_one if rank else ())]
-        processes.append(FRESH.Process(target=work, args=(rank, port, folder, own, stop)))
-        processes[-1].start()
-    for process in processes:
-        process.join(120)
-    status = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return [Ended(status[rank], (folders[rank] / f"printed-{rank}").read_text()) for rank in range(2)]
-
-
-def work(rank: int, port: str, folder: Path, arguments: list[str], stop: Signal | None) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.chdir(folder)
-    sys.stdout = sys.stderr = Path(f"printed-{rank}").open("w", buffering=1)  # noqa: SIM115
-    torch.set_num_threads(1)
-    if stop and stop.rank == rank:
-        original, calls = getattr(engine.Trainer, stop.method), []
-
-        def call(self, *arguments):
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), stop.number)
-            return original(self, *arguments)
-
-        setattr(engine.Trainer, stop.method, call)
-    run_command(lambda: trained(*arguments))
-
 
 RANDOM = (*EVERYTHING_RANDOM, "output=run")
 

@@ -17,7 +17,7 @@ from torchvision import transforms
 import metaformer
 from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, trained
 from metaformer import InputError
-from metaformer.training import data
+from metaformer.training import data, recipe
 from metaformer.training import engine as train
 from metaformer.training.config import CONFIGS, load_config
 from metaformer.training.model import with_input_of
@@ -180,7 +180,7 @@ def test_accumulation_equals_one_large_batch(run):
     ],
 )
 def test_split_batch(batch, device, world, even, expected):
-    images, passes = train.split_batch(batch, device, world, even)
+    images, passes = recipe.split_batch(batch, device, world, even)
     assert (images, passes) == expected
     assert images * passes * world == batch
 

@@ -9,10 +9,6 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +33,14 @@ from metaformer.training.data import (
 from metaformer.training.distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.training.evaluation import evaluate
 from metaformer.training.model import autocast, build_model, normaliser, precision_on, released_weights, with_input_of
+from metaformer.training.recipe import (
+    build_erasing,
+    build_mixing,
+    build_optimizer,
+    build_scheduler,
+    mixes,
+    split_batch,
+)
 from metaformer.training.runlog import RunLog
 
 
@@ -56,40 +60,6 @@ def train(config: Config) -> int:
     status = Trainer(config, processes).run()
     processes.leave()
     return status
-
-
-def split_batch(global_batch: int, device_batch: int, world: int, even: bool) -> tuple[int, int]:
-    """Images in a pass of one device, and passes of each device in an optimizer step: as few as device_batch allows.
-
-    Raises:
-        InputError: The processes cannot share the global batch equally, or not in even passes where Mixup needs them.
-    """
-    share, left = divmod(global_batch, world)
-    if left or not share:
-        raise InputError(
-            f"global_batch={global_batch} cannot be shared equally by {world} processes: "
-            f"use a multiple, such as {max(1, share) * world}"
-        )
-    for passes in range(math.ceil(share / device_batch), share + 1):
-        if share % passes == 0 and not (even and share // passes % 2):
-            return share // passes, passes
-    raise InputError(
-        f"each process takes {share} of the {global_batch} images in a step, and Mixup and CutMix need even numbers: "
-        f"use global_batch={(share + 1) * world}, or mixup=0 cutmix=0"
-    )
-
-
-def build_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    options = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay, "eps": config.opt_eps}
-    if config.opt_betas is not None:
-        options["betas"] = config.opt_betas
-    try:
-        optimizer = create_optimizer_v2(model, opt=config.opt, lr=lr, **options)
-    except Exception as error:  # some need CUDA, a package, or other betas; each says so in its own way
-        raise InputError(f"cannot make opt={config.opt} with opt_betas={config.opt_betas}: {error}") from error
-    if getattr(optimizer, "is_second_order", False):
-        raise InputError(f"opt={config.opt} needs second derivatives, which the training loop does not compute")
-    return optimizer
 
 
 class Trainer:
@@ -118,8 +88,8 @@ class Trainer:
         self.cast = autocast(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
 
-        mixing = config.mixup > 0 or config.cutmix > 0
-        self.device_batch, self.passes = split_batch(config.global_batch, config.device_batch, processes.world, mixing)
+        even = mixes(config)
+        self.device_batch, self.passes = split_batch(config.global_batch, config.device_batch, processes.world, even)
         images = self.data.summary["train_images"]
         if images < config.global_batch:
             raise InputError(
@@ -133,32 +103,10 @@ class Trainer:
         self.train_loader = train_loader(config, self.data.train, self.batches, processes, workers)
         self.val_loader = val_loader(config, self.data.val, processes, workers)
         self.normalise = normaliser(config, self.device)
-        self.erase = RandomErasing(
-            config.erase_prob, mode=config.erase_mode, max_count=config.erase_count, device=str(self.device)
-        )
-        self.mix = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            prob=config.mixup_prob,
-            switch_prob=config.mixup_switch_prob,
-            mode=config.mixup_mode,
-            label_smoothing=config.smoothing,
-            num_classes=self.data.num_classes,
-        ) if mixing else None  # fmt: skip
-
+        self.erase, self.mix = build_erasing(config, self.device), build_mixing(config, self.data.num_classes)
         self.lr = config.lr if config.lr is not None else config.base_lr * config.global_batch / 1024
         self.optimizer = build_optimizer(config, model, self.lr)
-        self.scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            cooldown_epochs=config.cooldown_epochs,
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            step_on_epochs=not config.sched_on_updates,
-            updates_per_epoch=self.steps,
-        )
+        self.scheduler, self.epochs = build_scheduler(config, self.optimizer, self.steps)
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         self.parallel = model
         if processes.world > 1:
@@ -239,7 +187,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end; returns the exit status, 128 + the signal's number if one stopped the run."""
-        self.log.say(self.plan())
+        self.log.plan(self.progress, precision_on(self.config, self.device))
         if self.progress.epoch >= self.epochs:
             self.finish_again()
             return 0
@@ -463,26 +411,3 @@ class Trainer:
             "pretrained": released_weights(self.config),
             "settings": self.config.model_dump(mode="json"),
         }
-
-    def plan(self) -> str:
-        """What the run is going to do, as a few lines."""
-        config, data, world = self.config, self.data.summary, self.processes.world
-        hardware = self.progress.starts[-1]["hardware"]
-        device = f"{hardware['gpus'][0]}" if hardware["gpus"] else f"CPU ({torch.get_num_threads()} threads each)"
-        start = "released weights" if config.pretrained else config.checkpoint or "random weights"
-        if self.progress.epoch or self.progress.step:
-            start = f"continues at epoch {self.progress.epoch + 1}, step {self.progress.step}"
-        rule = "given" if config.lr is not None else f"{config.base_lr:g} for each 1024 images"
-        lines = {
-            "model": f"{config.model}, {self.log.facts['parameters'] / 1e6:.2f} M parameters; {start}",
-            "data": f"{data['data_dir'] or data['dataset']}: {data['train_images']} training and "
-            f"{data['val_images']} validation images, {data['classes']} classes, {config.img_size} px",
-            "devices": f"{world} x {device}",
-            "batch": f"{config.global_batch} = {world} devices x {self.passes} passes x {self.device_batch} images",
-            "lr": f"{self.lr:g} ({rule}), {config.opt}, {config.sched}",
-            "epochs": f"{self.epochs} of {self.steps} steps",
-            "precision": precision_on(config, self.device) + (", channels-last" if config.channels_last else ""),
-            "seed": config.seed,
-            "output": f"{self.output}/",
-        }
-        return "\n".join(f"{name:10} {value}" for name, value in lines.items())

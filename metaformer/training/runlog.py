@@ -35,6 +35,30 @@ class RunLog:
         self.bar: tqdm | None = None
         self.events: Events | None = None
 
+    def plan(self, progress: Progress, precision: str) -> None:
+        """Print what the run is going to do."""
+        facts, settings, data, batch = (self.facts, *(self.facts[name] for name in ("settings", "data", "batch")))
+        hardware = progress.starts[-1]["hardware"]
+        device = hardware["gpus"][0] if hardware["gpus"] else f"CPU ({hardware['torch_threads']} threads each)"
+        start = "released weights" if settings["pretrained"] else settings["checkpoint"] or "random weights"
+        if progress.epoch or progress.step:
+            start = f"continues at epoch {progress.epoch + 1}, step {progress.step}"
+        rule = "given" if settings["lr"] is not None else f"{settings['base_lr']:g} for each 1024 images"
+        lines = {
+            "model": f"{facts['model']}, {facts['parameters'] / 1e6:.2f} M parameters; {start}",
+            "data": f"{data['data_dir'] or data['dataset']}: {data['train_images']} training and "
+            f"{data['val_images']} validation images, {data['classes']} classes, {settings['img_size']} px",
+            "devices": f"{facts['devices']} x {device}",
+            "batch": f"{batch['global']} = {facts['devices']} devices x {batch['passes']} passes x "
+            f"{batch['device']} images",
+            "lr": f"{facts['lr']:g} ({rule}), {settings['opt']}, {settings['sched']}",
+            "epochs": f"{self.epochs} of {self.steps} steps",
+            "precision": precision + (", channels-last" if settings["channels_last"] else ""),
+            "seed": facts["seed"],
+            "output": f"{self.folder}/",
+        }
+        self.say("\n".join(f"{name:10} {value}" for name, value in lines.items()))
+
     def open(self, progress: Progress) -> None:
         if not self.is_main:
             return

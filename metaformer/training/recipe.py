@@ -1,0 +1,91 @@
+"""What the settings of a recipe become: batch, optimizer, schedule, Mixup, CutMix and random erasing."""
+
+import math
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from metaformer.errors import InputError
+from metaformer.training.config import Config
+
+
+def split_batch(global_batch: int, device_batch: int, world: int, even: bool) -> tuple[int, int]:
+    """Images in a pass of one device, and passes of each device in an optimizer step: as few as device_batch allows.
+
+    Raises:
+        InputError: The processes cannot share the global batch equally, or not in even passes where Mixup needs them.
+    """
+    share, left = divmod(global_batch, world)
+    if left or not share:
+        raise InputError(
+            f"global_batch={global_batch} cannot be shared equally by {world} processes: "
+            f"use a multiple, such as {max(1, share) * world}"
+        )
+    for passes in range(math.ceil(share / device_batch), share + 1):
+        if share % passes == 0 and not (even and share // passes % 2):
+            return share // passes, passes
+    raise InputError(
+        f"each process takes {share} of the {global_batch} images in a step, and Mixup and CutMix need even numbers: "
+        f"use global_batch={(share + 1) * world}, or mixup=0 cutmix=0"
+    )
+
+
+def build_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    options = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay, "eps": config.opt_eps}
+    if config.opt_betas is not None:
+        options["betas"] = config.opt_betas
+    try:
+        optimizer = create_optimizer_v2(model, opt=config.opt, lr=lr, **options)
+    except Exception as error:  # some need CUDA, a package, or other betas; each says so in its own way
+        raise InputError(f"cannot make opt={config.opt} with opt_betas={config.opt_betas}: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"opt={config.opt} needs second derivatives, which the training loop does not compute")
+    return optimizer
+
+
+def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> tuple[Scheduler, int]:
+    """The schedule of the learning rate, and the number of epochs with those of the cooldown.
+
+    Args:
+        steps: optimizer steps in an epoch.
+    """
+    return create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        cooldown_epochs=config.cooldown_epochs,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        step_on_epochs=not config.sched_on_updates,
+        updates_per_epoch=steps,
+    )
+
+
+def mixes(config: Config) -> bool:
+    """Whether Mixup or CutMix is on, which pair the images of a batch."""
+    return config.mixup > 0 or config.cutmix > 0
+
+
+def build_mixing(config: Config, num_classes: int) -> Mixup | None:
+    """Maps images (B, 3, H, W) and labels (B,) to mixed images and smoothed targets (B, num_classes)."""
+    if not mixes(config):
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_erasing(config: Config, device: torch.device) -> RandomErasing:
+    return RandomErasing(config.erase_prob, mode=config.erase_mode, max_count=config.erase_count, device=str(device))
