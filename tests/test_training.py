@@ -252,6 +252,13 @@ def test_every_config_loads_and_names_a_model():
     assert all(timm.is_model(load_config([str(file)]).model) for file in files)
 
 
+def test_a_classifier_of_as_many_other_classes_is_refused(run, tmp_path):
+    first = run("epochs=1")
+    draw(tmp_path / "other", classes="abd")
+    with pytest.raises(InputError, match="only in the checkpoint: c; only in the data: d"):
+        run(f"data_dir={tmp_path / 'other'}", f"checkpoint={first / 'best.pt'}", output="tuned")
+
+
 def test_fine_tuning_on_other_classes(run, tmp_path):
     first = run()
     draw(tmp_path / "two", classes="xy")

@@ -77,16 +77,14 @@ def load_data(config: Config, workers: int) -> Data:
     return Data(train, val, num_classes, names, summary)
 
 
-def load_validation(config: Config, workers: int, trained_on: list[str] | None) -> tuple[Dataset, int, dict[str, Any]]:
-    """The validation split alone, its number of classes and a summary, for a model trained on those class names.
+def load_validation(config: Config, workers: int) -> tuple[Dataset, int, dict[str, Any]]:
+    """The validation split alone, its number of classes and a summary.
 
     Raises:
         InputError: as :func:`load_data`.
     """
     dataset = open_split(config, config.val_split, workers)
     names = class_names(dataset)
-    if names and trained_on:
-        check_same_classes(config, trained_on, names)
     num_classes = count_classes(config, names)
     return dataset, num_classes, {**summary_of(config, num_classes), "val_images": count(dataset)}
 

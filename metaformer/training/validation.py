@@ -53,7 +53,7 @@ def validate(
     processes = join()
     workers = processes.default_workers() if config.workers is None else config.workers
     source = str(opened.path or opened.name)
-    split, num_classes, summary = load_validation(config, workers, None)
+    split, num_classes, summary = load_validation(config, workers)
     model = opened.model
     if order := class_order(opened.class_names, class_names(split), source):
         model = InOrder(model, order)
