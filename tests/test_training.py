@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 
@@ -57,7 +58,13 @@ def interrupt(monkeypatch, after, number=signal.SIGTERM):
     monkeypatch.setattr(train.Trainer, "optimizer_step", step)
 
 
-def test_run_folder(run):
+def listed(split):
+    """SHA-256 of the names and sizes of the files below a folder, by the shell."""
+    script = r"find -L . -type f -printf '%P %s\n' | LC_ALL=C sort | sha256sum"
+    return subprocess.run(["bash", "-c", script], cwd=split, capture_output=True, text=True, check=True).stdout[:64]
+
+
+def test_run_folder(run, pictures):
     folder = run("epochs=3", *EVERYTHING_RANDOM)
     assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
     record = json.loads((folder / "run.json").read_text())
@@ -68,6 +75,8 @@ def test_run_folder(run):
         "classes": 3,
         "train_images": 24,
         "val_images": 9,
+        "train_sha256": listed(pictures / "train"),
+        "val_sha256": listed(pictures / "val"),
     }
     assert record["epochs"] == {"done": 3, "planned": 3}
     start = record["starts"][0]
@@ -308,10 +317,15 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
         for name, split, images in [("train", "train", 24), ("validation", "val", 9)]
     }
     (tmp_path / "wds" / "_info.json").write_text(json.dumps({"splits": splits}))
+    staged_shard = tmp_path / "shard"
+    staged_shard.mkdir()
+    (staged_shard / "train-0000.tar").symlink_to(shards / "train-0000.tar")
     for kind, settings in kinds.items():
         folder = run("epochs=1", *settings, output=kind)
         record = json.loads((folder / "run.json").read_text())
         assert (record["data"]["train_images"], record["data"]["val_images"]) == (24, 9), kind
+        files = {"wds": listed(staged_shard), "hfds": None}.get(kind, listed(pictures / "train"))
+        assert record["data"]["train_sha256"] == files, kind
         if kind == "wds":  # a stream has an order of its own
             continue
         assert losses(folder) == losses(reference), kind
@@ -320,6 +334,31 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
         metrics = validated([str(reference), *settings], tmp_path / f"{kind}.json")["metrics"]
         assert metrics["loss"] == pytest.approx(float(rows(reference)[0]["val_loss"]), rel=1e-5), kind
         assert metrics["images"] == 9
+
+
+def test_a_run_continues_with_a_copy_of_its_data_and_with_no_others(run, pictures, tmp_path, monkeypatch):
+    copy, other = (shutil.copytree(pictures, tmp_path / name) for name in ("copy", "other"))
+    (other / "train" / "b" / "001.png").write_bytes((other / "train" / "b" / "002.png").read_bytes())
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=2)
+        stopped = run(status=128 + signal.SIGTERM)
+    with pytest.raises(InputError, match=r"was trained with train_sha256=\w{64}, and its data now have \w{64}: con"):
+        trained("run", f"data_dir={other}")
+    (copy / "train" / "b" / "001.png").rename(copy / "train" / "b" / "0001.png")
+    with pytest.raises(InputError, match=r"run was trained with train_sha256="):
+        trained("run", f"data_dir={copy}")
+    (copy / "train" / "b" / "0001.png").rename(copy / "train" / "b" / "001.png")
+    assert trained("run", f"data_dir={copy}") == 0
+    assert same_weights(run(output="whole"), stopped)
+
+
+def test_a_run_of_a_version_without_the_hashes_continues(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=2)
+        stopped = run(status=128 + signal.SIGTERM)
+    state = read_checkpoint(stopped / "last.pt")
+    torch.save({key: value for key, value in state.items() if not key.endswith("_sha256")}, stopped / "last.pt")
+    assert trained("run") == 0
 
 
 def validated(arguments, record):

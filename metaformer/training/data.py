@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from metaformer.errors import InputError, MachineError
 from metaformer.training.config import Config
 from metaformer.training.distributed import STOP_SIGNALS, Processes
+from metaformer.training.fingerprint import fingerprint
 
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}
 
@@ -74,6 +75,7 @@ def load_data(config: Config, workers: int) -> Data:
     check_same_classes(config, names, class_names(val))
     num_classes = count_classes(config, names)
     summary = {**summary_of(config, num_classes), "train_images": count(train), "val_images": count(val)}
+    summary |= {"train_sha256": fingerprint(train), "val_sha256": fingerprint(val)}
     return Data(train, val, num_classes, names, summary)
 
 
@@ -86,7 +88,8 @@ def load_validation(config: Config, workers: int) -> tuple[Dataset, int, dict[st
     dataset = open_split(config, config.val_split, workers)
     names = class_names(dataset)
     num_classes = count_classes(config, names)
-    return dataset, num_classes, {**summary_of(config, num_classes), "val_images": count(dataset)}
+    summary = {**summary_of(config, num_classes), "val_images": count(dataset), "val_sha256": fingerprint(dataset)}
+    return dataset, num_classes, summary
 
 
 def count(dataset: Dataset) -> int:
