@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metaformer.errors import InputError
+from metaformer.training.batches import Unreadable, printable, to_rgb, transform
 from metaformer.training.config import Config
-from metaformer.training.data import Unreadable, printable, to_rgb, transform
 from metaformer.training.distributed import join
 from metaformer.training.model import autocast, normaliser, settings_of
 from metaformer.weights import Opened

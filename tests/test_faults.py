@@ -26,7 +26,7 @@ from metaformer.analysis.measured import Measured
 from metaformer.analysis.studies import faults
 from metaformer.errors import MachineError, run_command
 from metaformer.provenance import write_file
-from metaformer.training import data, runlog
+from metaformer.training import batches, loader, runlog
 from metaformer.training import engine as train
 from metaformer.weights import read_checkpoint
 from test_analysis import evaluation
@@ -184,7 +184,7 @@ GREY = (np.arange(40 * 50, dtype=np.uint32).reshape(40, 50) * 30).astype(np.uint
 """16 bits, most of them above 255."""
 
 
-def pixels(folder, name: str, content: Image.Image | bytes, **options) -> np.ndarray | data.Unreadable:
+def pixels(folder, name: str, content: Image.Image | bytes, **options) -> np.ndarray | batches.Unreadable:
     """What the loader makes of a picture before the transforms, as the only one of its class."""
     (folder / "train" / "a").mkdir(parents=True)
     file = folder / "train" / "a" / name
@@ -192,9 +192,9 @@ def pixels(folder, name: str, content: Image.Image | bytes, **options) -> np.nda
         file.write_bytes(content)
     else:
         content.save(file, **options)
-    images = data.Images(create_dataset("", root=str(folder), split="train"), np.asarray, seed=0)
+    images = batches.Images(create_dataset("", root=str(folder), split="train"), np.asarray, seed=0)
     result = images[0, 0]
-    return result if isinstance(result, data.Unreadable) else result[0]
+    return result if isinstance(result, batches.Unreadable) else result[0]
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:
@@ -474,7 +474,7 @@ def test_a_broken_connection_to_a_loader_process_is_one_that_died(error):
         pytest.raises(
             MachineError, match=r"^a process of the loader has died \((.*reset by peer|EOFError)\), for lack"
         ),
-        data.naming_killed_loaders(),
+        loader.naming_killed_loaders(),
     ):
         raise error
 

@@ -17,8 +17,8 @@ from transformers.image_utils import load_image
 import metaformer
 from metaformer import open_checkpoint
 from metaformer.prediction import Pictures, names_of
+from metaformer.training.batches import transform
 from metaformer.training.config import Config
-from metaformer.training.data import transform
 from oracles import save_run
 
 

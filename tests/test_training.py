@@ -18,7 +18,7 @@ from torchvision import transforms
 import metaformer
 from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, trained
 from metaformer import InputError
-from metaformer.training import data, recipe
+from metaformer.training import batches, recipe
 from metaformer.training import engine as train
 from metaformer.training.config import CONFIGS, load_config
 from metaformer.training.model import with_input_of
@@ -251,7 +251,9 @@ def test_the_recipes_augmentation_runs_on_every_draw(pictures):
     strongest = "auto_augment=rand-m10-inc1"  # the recipe's operations, each at the largest magnitude it can draw
     config = load_config([str(CONFIGS / "poolformer_s12.yaml"), "img_size=32", strongest])
     config = with_input_of(config, timm.create_model(config.model))
-    images = data.Images(torchvision.datasets.ImageFolder(pictures / "train"), data.transform(config, True), seed=0)
+    images = batches.Images(
+        torchvision.datasets.ImageFolder(pictures / "train"), batches.transform(config, True), seed=0
+    )
     assert {images[epoch, 3][0].shape for epoch in range(500)} == {(3, 32, 32)}
 
 

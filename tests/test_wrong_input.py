@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, TINY, draw, trained
 from metaformer import InputError
 from metaformer.training import engine as train
-from metaformer.training.data import Batch, checked
+from metaformer.training.batches import Batch, checked
 from metaformer.weights import read_checkpoint
 
 

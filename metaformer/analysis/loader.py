@@ -13,21 +13,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from metaformer.errors import InputError
+from metaformer.training.batches import Images, TrainBatches, checked, collate, seed_everything, to_rgb
 from metaformer.training.config import Config
-from metaformer.training.data import (
-    Images,
-    TrainBatches,
-    checked,
-    class_names,
-    collate,
-    count_classes,
-    open_split,
-    seed_everything,
-    shut_down,
-    to_rgb,
-    train_loader,
-)
+from metaformer.training.data import class_names, count_classes, open_split
 from metaformer.training.distributed import Processes
+from metaformer.training.loader import shut_down, train_loader
 from metaformer.training.model import build_model, with_input_of
 
 STEPS = {

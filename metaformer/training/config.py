@@ -54,6 +54,10 @@ class Config(BaseModel):
     workers: Count | None = Field(None, description="Loader processes per device. null: one per core")
     bad_pictures: Literal["stop", "skip"] = Field("stop", description="What to do with unreadable pictures")
 
+    data_in_memory: bool = Field(
+        False, description="Decode all pictures, of one size, once, and crop and flip batches on the device"
+    )
+
     img_size: Annotated[int, Field(ge=32)] = Field(224, description="Height and width of the input in pixels")
     crop_pct: PositiveShare | None = Field(
         None, description="Share of the side in the evaluation crop. null: the model's"
@@ -155,9 +159,19 @@ class Config(BaseModel):
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is longer than epochs={self.epochs}")
         if self.pretrained and self.checkpoint:
             raise ValueError("pretrained=true and checkpoint= exclude each other: give one of them")
+        if self.data_in_memory:
+            self._fits_memory()
         if self.replace_head and not self.checkpoint:
             raise ValueError("replace_head=true needs checkpoint=; released weights get a new classifier anyway")
         return self
+
+    def _fits_memory(self) -> None:
+        if self.auto_augment or self.color_jitter:
+            raise ValueError("data_in_memory=true crops and flips only: use auto_augment=null color_jitter=0")
+        if self.train_interpolation not in ("bilinear", "bicubic", "random"):
+            raise ValueError("data_in_memory=true needs train_interpolation=bilinear, bicubic or random")
+        if self.bad_pictures == "skip":
+            raise ValueError("data_in_memory=true needs bad_pictures=stop")
 
 
 GROUPS = {

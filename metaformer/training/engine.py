@@ -17,21 +17,13 @@ from torch.utils.data import IterableDataset
 
 from metaformer.errors import InputError
 from metaformer.provenance import provenance
+from metaformer.training.batches import TrainBatches, Unreadable, checked, seed_everything
 from metaformer.training.checkpoints import MAY_CHANGE, Checkpoints, Progress, check_same_settings, open_folder
 from metaformer.training.config import Config, check
-from metaformer.training.data import (
-    TrainBatches,
-    Unreadable,
-    checked,
-    load_data,
-    naming_killed_loaders,
-    seed_everything,
-    shut_down,
-    train_loader,
-    val_loader,
-)
+from metaformer.training.data import load_data
 from metaformer.training.distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.training.evaluation import evaluate
+from metaformer.training.loader import naming_killed_loaders, shut_down, train_loader, val_loader
 from metaformer.training.model import autocast, build_model, normaliser, precision_on, released_weights, with_input_of
 from metaformer.training.recipe import (
     build_erasing,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from metaformer.errors import InputError
-from metaformer.training.data import Unreadable, checked
+from metaformer.training.batches import Unreadable, checked
 from metaformer.training.distributed import Processes
 
 

@@ -10,17 +10,12 @@ from torch import Tensor, nn
 
 from metaformer.errors import InputError
 from metaformer.provenance import provenance, sha256
+from metaformer.training.batches import Unreadable
 from metaformer.training.config import Config
-from metaformer.training.data import (
-    Unreadable,
-    class_names,
-    load_validation,
-    naming_killed_loaders,
-    shut_down,
-    val_loader,
-)
+from metaformer.training.data import class_names, load_validation
 from metaformer.training.distributed import join
 from metaformer.training.evaluation import evaluate
+from metaformer.training.loader import naming_killed_loaders, shut_down, val_loader
 from metaformer.training.model import autocast, class_order, normaliser, precision_on
 from metaformer.weights import Opened
 

@@ -1,0 +1,164 @@
+"""Training and validation pictures as batches of uint8 images, the same on any number of devices.
+
+All that is random about a training picture follows from the seed, the epoch and the picture. A run therefore does not
+depend on the number of loader processes or devices, and an interrupted run continues as it would have gone on.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.loader import fast_collate
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from metaformer.errors import InputError
+from metaformer.training.config import Config
+
+
+class Unreadable(NamedTuple):
+    """Stands for a picture that could not be read or transformed, up to the process that can report it."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images uint8 (B, 3, H, W) and labels (B,) of the pictures that could be read, perhaps none, and the others."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[Unreadable]
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seed Python, NumPy and torch (this process's devices) from some numbers, such as (seed, epoch, step)."""
+    state = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.default_generator.manual_seed(int(state[2]))
+    if torch.cuda.is_initialized():  # elsewhere torch.manual_seed would queue a call each time, with a stack trace
+        torch.cuda.manual_seed(int(state[2]))
+
+
+class TrainBatches(Sampler):
+    """Passes of one device, each a list of (epoch, index), for the epoch and from the optimizer step set before.
+
+    The pictures of an optimizer step are consecutive in the epoch's order and cut into passes of ``device_batch``; the
+    devices take them in turn. So the same passes are made whatever the number of devices.
+    """
+
+    def __init__(self, images: int, device_batch: int, accumulation: int, rank: int, world: int, seed: int):
+        self.images, self.device_batch, self.seed = images, device_batch, seed
+        self.passes = [turn * world + rank for turn in range(accumulation)]
+        self.steps = images // (device_batch * accumulation * world)
+        self.global_batch = device_batch * accumulation * world
+        self.epoch = self.first_step = 0
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * len(self.passes)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
+        for step in range(self.first_step, self.steps):
+            for number in self.passes:
+                start = step * self.global_batch + number * self.device_batch
+                yield [(self.epoch, int(index)) for index in order[start : start + self.device_batch]]
+
+
+class Images(Dataset):
+    """(epoch, index) to (uint8 array (3, H, W), label); what the transform draws follows from (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset, transform: Any, seed: int):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int] | Unreadable:
+        epoch, index = key
+        seed_everything(self.seed, epoch, index)
+        try:
+            image, label = self._read(index)
+            return self.transform(image), label
+        except Exception as error:  # decoders fail in their own ways; the batch carries the failure to the main process
+            return Unreadable(printable(self.name(index)), printable(f"{type(error).__name__}: {error}"))
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        if not hasattr(self.dataset, "reader"):
+            image, label = self.dataset[index]
+            return to_rgb(image), int(label)
+        # Past timm's ImageDataset, which puts the next picture in the place of one that it cannot read.
+        file, label = self.dataset.reader[index]
+        with file:
+            return to_rgb(Image.open(file)), int(label)
+
+    def name(self, index: int) -> str:
+        return self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "filename") else f"picture {index}"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """In 8 bits. Of 16-bit greys the upper ones: Pillow's own conversion would make all above 255 white.
+
+    Raises:
+        ValueError: the picture does not tell what number is white.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, in which no number is white")
+    return image.convert("RGB")
+
+
+def printable(text: str) -> str:
+    """On one line, whatever characters are in the name of a file."""
+    return text if text.isprintable() else repr(text)
+
+
+def collate(samples: list) -> Batch:
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    images, labels = fast_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return Batch(images, labels, [sample for sample in samples if isinstance(sample, Unreadable)])
+
+
+def checked(
+    batches: Iterator[Batch], num_classes: int, skip: Callable[[list[Unreadable]], None] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels, unless a label is out of range.
+
+    Args:
+        skip: takes the pictures that are left out of a batch; without it an unreadable picture stops the run.
+    """
+    for images, labels, unreadable in batches:
+        if unreadable and skip is None:
+            name, reason = unreadable[0]
+            raise InputError(
+                f"cannot use the picture {name} ({reason}): mend it, take it out, or leave out all such pictures with "
+                "bad_pictures=skip"
+            )
+        if unreadable:
+            skip(unreadable)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            wrong = next(label for label in labels.tolist() if not 0 <= label < num_classes)
+            raise InputError(f"the data have a label {wrong}, but num_classes is {num_classes}")
+        yield images, labels
+
+
+def transform(config: Config, is_training: bool) -> Any:
+    """timm's ImageNet transforms up to the uint8 array; normalisation and erasing follow on the device."""
+    options = {"interpolation": config.interpolation, "crop_pct": config.crop_pct}
+    if is_training:
+        names = ("scale", "ratio", "hflip", "vflip", "auto_augment", "mean", "std")
+        options = {name: getattr(config, name) for name in names}
+        options |= {"color_jitter": config.color_jitter or None, "interpolation": config.train_interpolation}
+    try:
+        return create_transform(config.img_size, is_training=is_training, use_prefetcher=True, **options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(
+            f"timm has no such augmentation: auto_augment={config.auto_augment}, interpolation={config.interpolation}, "
+            f"train_interpolation={config.train_interpolation} ({error})"
+        ) from error

@@ -1,0 +1,88 @@
+"""Loaders of training and validation batches, from processes that decode or from memory."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+
+from metaformer.errors import MachineError
+from metaformer.training.augmentation import Augmentation
+from metaformer.training.batches import Images, TrainBatches, collate, transform
+from metaformer.training.config import Config
+from metaformer.training.distributed import STOP_SIGNALS, Processes
+from metaformer.training.memory import MemoryLoader, Pixels, load_pictures
+
+
+def train_loader(
+    config: Config, dataset: Dataset, batches: TrainBatches, processes: Processes, workers: int
+) -> DataLoader | MemoryLoader:
+    options = loader_options(processes, workers)
+    if config.data_in_memory:
+        pictures = load_pictures(dataset, Pixels(), options).to(processes.device)
+        return MemoryLoader(pictures, batches, Augmentation(config), config.seed)
+    if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
+        dataset.transform = transform(config, is_training=True)
+        return DataLoader(dataset, batch_size=batches.device_batch, drop_last=True, **options)
+    images = Images(dataset, transform(config, is_training=True), config.seed)
+    return DataLoader(images, batch_sampler=batches, **options)
+
+
+def val_loader(config: Config, dataset: Dataset, processes: Processes, workers: int) -> DataLoader | MemoryLoader:
+    """Every picture exactly once over all processes."""
+    options, prepare = loader_options(processes, workers), transform(config, is_training=False)
+    if config.data_in_memory:
+        pictures = load_pictures(dataset, prepare, options).to(processes.device)
+    elif isinstance(dataset, IterableDataset):
+        dataset.transform = prepare
+        return DataLoader(dataset, batch_size=config.device_batch, **options)
+    keys = [(0, index) for index in range(processes.rank, len(dataset), processes.world)]
+    batches = BatchSampler(keys, config.device_batch, drop_last=False)
+    if config.data_in_memory:
+        return MemoryLoader(pictures, batches)
+    return DataLoader(Images(dataset, prepare, config.seed), batch_sampler=batches, **options)
+
+
+def loader_options(processes: Processes, workers: int) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "pin_memory": processes.device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "collate_fn": collate,
+        "worker_init_fn": ignore_signals,
+    }
+
+
+def ignore_signals(worker: int) -> None:
+    """A stop signal may reach every process. Workers ignore it so that the main process can save first."""
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at the latest the interpreter's exit asks again
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
+
+
+@contextmanager
+def naming_killed_loaders() -> Iterator[None]:
+    """Turn the errors of PyTorch that follow the death of a loader process into one that names the cause."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MachineError(
+            f"a process of the loader has died ({reason}), for lack of memory most often: "
+            "continue or repeat the run, with fewer workers= if it happens again"
+        ) from error
+
+
+def shut_down(*loaders: DataLoader) -> None:
+    """End the loaders' processes, which a traceback that refers to them would keep until the interpreter's exit."""
+    for loader in loaders:
+        if loader.num_workers and loader._iterator is not None:
+            loader._iterator._shutdown_workers()

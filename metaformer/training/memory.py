@@ -1,0 +1,136 @@
+"""Whole data sets in memory: pictures decoded once for all runs, and augmented as batches on the device."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from metaformer.errors import InputError
+from metaformer.provenance import write_file, writing
+from metaformer.training.augmentation import Augmentation
+from metaformer.training.batches import Batch, Images, Unreadable, printable
+from metaformer.weights import read_checkpoint
+
+
+class Pictures(NamedTuple):
+    """A whole data set: images uint8 (N, 3, H, W) and labels int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Pictures":
+        return Pictures(self.images.to(device), self.labels.to(device))
+
+
+class MemoryLoader:
+    """Batches of pictures in memory, with the interface of a DataLoader that has no processes.
+
+    The random numbers of the augmentation follow from the seed, the epoch and the first picture of the batch.
+
+    Args:
+        batches: for each batch a list of (epoch, index).
+    """
+
+    num_workers = 0
+
+    def __init__(self, pictures: Pictures, batches: Iterable, augment: Augmentation | None = None, seed: int = 0):
+        self.pictures, self.batches, self.augment, self.seed = pictures, batches, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for keys in self.batches:
+            epochs, indices = map(list, zip(*keys, strict=True))
+            images = self.pictures.images[indices]
+            if self.augment:
+                images = self.augment(images, np.random.default_rng([self.seed, epochs[0], indices[0]]))
+            yield Batch(images, self.pictures.labels[indices], [])
+
+
+def load_pictures(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Pictures:
+    """All pictures after ``transform``; those of a folder are kept in PyTorch's cache folder for other runs.
+
+    Args:
+        transform: maps a PIL image to a uint8 array (3, H, W).
+        options: of the DataLoader that reads the pictures.
+
+    Raises:
+        InputError: the data set is a stream, or a picture cannot be read or has another size than the first.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise InputError("data_in_memory=true needs a data set whose pictures can be counted, and this is a stream")
+    path = kept_at(dataset, transform)
+    if path is None:
+        return decode(dataset, transform, options)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first of several processes decodes, and the others wait for its file
+        if not path.is_file():
+            pictures = decode(dataset, transform, options)
+            write_file(path, lambda file: file.write(save(pictures._asdict())))
+    return Pictures(**read_checkpoint(path))
+
+
+def kept_at(dataset: Dataset, transform: Any) -> Path | None:
+    """The file for the pictures of a folder, named after all that they depend on; ``None`` for other data sets."""
+    reader = getattr(dataset, "reader", None)
+    if not isinstance(reader, ReaderImageFolder):
+        return None
+    key = hashlib.sha256(f"{transform} timm {timm.__version__} Pillow {PIL.__version__}\n".encode())
+    for path, label in reader.samples:
+        status = os.stat(path)
+        key.update(os.fsencode(path) + f" {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return Path(torch.hub.get_dir()) / "metaformer" / f"pictures-{key.hexdigest()[:16]}.safetensors"
+
+
+def decode(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Pictures:
+    images = Images(dataset, transform, seed=0)
+    keys = [(0, index) for index in range(len(images))]
+    options = {**options, "persistent_workers": False, "collate_fn": as_arrays}
+    pictures, labels = None, np.empty(len(images), dtype=np.int64)
+    samples = (sample for batch in DataLoader(images, 256, sampler=keys, **options) for sample in batch)
+    for index, sample in enumerate(samples):
+        if isinstance(sample, Unreadable):
+            name, reason = sample
+            raise InputError(f"data_in_memory=true needs readable pictures, and {name} is not ({reason}): take it out")
+        pixels, labels[index] = sample
+        if pictures is None:
+            pictures = np.empty((len(images), *pixels.shape), dtype=np.uint8)
+        if pixels.shape != pictures.shape[1:]:
+            (height, width), (usual_height, usual_width) = pixels.shape[1:], pictures.shape[2:]
+            raise InputError(
+                f"data_in_memory=true needs pictures of one size, and {printable(images.name(index))} has "
+                f"{width} x {height} pixels instead of {usual_width} x {usual_height}: resize it"
+            )
+        pictures[index] = pixels
+    return Pictures(torch.from_numpy(pictures), torch.from_numpy(labels))
+
+
+def as_arrays(samples: list) -> list:
+    """NumPy arrays, because each tensor that a loader process sends takes a file descriptor."""
+    return [each if isinstance(each, Unreadable) else (np.asarray(each[0]), each[1]) for each in samples]
+
+
+class Pixels:
+    """PIL images to uint8 arrays (3, H, W)."""
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def __repr__(self) -> str:
+        return "pixels"
