@@ -63,6 +63,8 @@ class MetaFormer(nn.Module):
         pos_embeds: whether a learned position embedding precedes the blocks; for all stages or for each.
         num_classes: outputs of the classifier; with 0 there is none, and the model returns (B, C) features.
         stem_stride: 4 as in the paper, or 2 or 1 for small images.
+        overlap: patch embeddings with kernels of 7 (stem) and 3 pixels, as in the paper; otherwise the kernels are as
+            large as their strides, so that no convolution mixes tokens.
         pool_before_norm: average before the head's norm, as timm's class does; the paper's code averages after it.
         global_pool: ``"avg"``, or ``""`` to omit the average, so that the head keeps (B, C, H, W).
         fused: build :class:`FusedBlock`, which computes the same function faster, in place of the printed equations.
@@ -88,6 +90,7 @@ class MetaFormer(nn.Module):
         pos_embeds: bool | Sequence[bool] = False,
         num_classes: int = 1000,
         stem_stride: int = 4,
+        overlap: bool = True,
         pool_before_norm: bool = False,
         global_pool: str = "avg",
         fused: bool = True,
@@ -109,13 +112,11 @@ class MetaFormer(nn.Module):
         ]
         self.pool_before_norm = pool_before_norm
 
-        # 2 in the paper; in general such that the stem divides multiples of its stride exactly
-        padding = (8 - stem_stride) // 2
-        self.stem = nn.Conv2d(in_chans, dims[0], kernel_size=7, stride=stem_stride, padding=padding)
+        self.stem = patch_embedding(in_chans, dims[0], 7 if overlap else stem_stride, stem_stride)
         self.stages = nn.Sequential()
         size = size_after(self.stem, to_2tuple(img_size))
         for i, dim in enumerate(dims):
-            downsample = nn.Identity() if i == 0 else nn.Conv2d(dims[i - 1], dim, kernel_size=3, stride=2, padding=1)
+            downsample = nn.Identity() if i == 0 else patch_embedding(dims[i - 1], dim, 3 if overlap else 2, stride=2)
             size = size if i == 0 else size_after(downsample, size)
             make_block = partial(
                 FusedBlock if fused else MetaFormerBlock,
@@ -239,6 +240,11 @@ def check_images(x: Tensor, channels: int) -> None:
     """Raise an ``InputError`` if ``x`` is not a batch of images with this number of channels."""
     if not torch.jit.is_scripting() and (x.ndim != 4 or x.shape[1] != channels):
         raise InputError(f"images have shape {tuple(x.shape)}: expected (batch, {channels}, height, width)")
+
+
+def patch_embedding(in_chans: int, dim: int, kernel_size: int, stride: int) -> nn.Conv2d:
+    """A convolution that divides multiples of its stride exactly; the paper's has kernel 7 and stride 4, or 3 and 2."""
+    return nn.Conv2d(in_chans, dim, kernel_size, stride, padding=(kernel_size - stride + 1) // 2)
 
 
 def size_after(conv: nn.Conv2d, size: Size) -> Size:

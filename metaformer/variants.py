@@ -122,6 +122,13 @@ QUESTIONS = by_row(
     Variant("pool(x) - x → pool(x)", MIXER, {"token_mixers": partial(Pooling, subtract=False)}, "unsubtracted"),
     Variant("border not counted → counted", MIXER, {"token_mixers": partial(Pooling, count_border=True)}, "border"),
     Variant("norm, average → average, norm (timm)", "head", {"pool_before_norm": True}, "timmhead"),
+    Variant("overlapping patch embeddings → kernel = stride", OTHER, {"overlap": False}, "patches"),
+    Variant(
+        "overlapping patch embeddings → kernel = stride, pooling → identity",
+        OTHER,
+        {"overlap": False, "token_mixers": nn.Identity},
+        "patchesidentity",
+    ),
 )
 
 VARIANTS = {**POOLFORMERS, **ABLATIONS, **QUESTIONS}

@@ -234,6 +234,18 @@ def test_the_stems_stride_is_that_of_its_maps(stride, sizes):
         timm.create_model("poolformer_s12", stem_stride=3)
 
 
+@pytest.mark.parametrize(("row", "seen"), [("patchesidentity", 32), ("patches", 96)])
+def test_without_overlap_only_the_token_mixer_sees_other_patches(row, seen):
+    """In one stage-4 position, of a patch of 32 pixels; a pooling in each of the stages sees its neighbours."""
+    depths = (1, 1, 1, 1) if row == "patchesidentity" else (0, 0, 0, 1)
+    model = randomise(row_model(row, **{**SMALL, "depths": depths}, norm_layers=nn.Identity)).eval()
+    images = torch.randn(1, 3, 160, 160, requires_grad=True)
+    model.forward_features(images)[0, :, 2, 2].abs().sum().backward()
+    rows, columns = images.grad[0].abs().sum(0).nonzero().T
+    assert {len(rows.unique()), len(columns.unique())} == {seen}
+    assert int(rows.min()) == int(columns.min()) == (160 - seen) // 2
+
+
 @pytest.mark.parametrize("row", ["random", "pppf", "ppff"])
 def test_token_matrices_are_multiplications_over_the_tokens(row):
     """Each mixer of the row replaced by an einsum over the positions; the rest is what the tests above cover."""
