@@ -18,7 +18,7 @@ from metaformer.analysis import studies
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import rows_of
 from metaformer.records import Training, import_records, parse
-from metaformer.records.statistics import Results, statements
+from metaformer.records.statistics import Judgement, Results, holm, statements
 from metaformer.training import slurm
 from metaformer.training import study as ablate
 from metaformer.training.config import check
@@ -275,19 +275,52 @@ def test_seeds_that_agree_are_not_certain(monkeypatch):
     half = difference.high - difference.value
     test = scipy.stats.ttest_ind_from_stats(half, deviations[1], 3, 0, deviations[0], 3, equal_var=False)
     assert test.pvalue == pytest.approx(0.05)
-    assert found.judge([{"baseline": 1, "identity": -1}])[0] == "undecided"
+    assert found.judge([{"baseline": 1, "identity": -1}]).verdict == "undecided"
     none_right = found.combination({"pool5": 1})
     assert none_right.high > none_right.low
 
 
+def test_paired_intervals_are_those_of_single_seeds(monkeypatch):
+    found = results(monkeypatch, {"identity": A, "baseline": B, "pool5": [a + 1 for a in A], "pool7": A[:2]})
+    expected = scipy.stats.ttest_rel(A, B[:3])
+    paired = found.paired({"identity": 1, "baseline": -1})
+    assert paired.interval()[1:] == pytest.approx(expected.confidence_interval(0.95))
+    assert paired.p == pytest.approx(expected.pvalue)
+    shifted = found.paired({"identity": 1, "baseline": -1, "chance": 0.5, "point": -2})
+    assert shifted[:2] == pytest.approx((paired.value + 3, paired.error))
+    assert found.paired({"identity": 1, "pool5": -1}) is None  # all seeds agree, which is not certainty
+    assert found.paired({"identity": 1, "pool7": -1}) is None  # two seeds
+    assert found.estimate({"identity": 1, "baseline": -1}).p == pytest.approx(
+        scipy.stats.ttest_ind(A, B, equal_var=False).pvalue
+    )
+
+
+def test_holm_keeps_what_stays_below_5_percent():
+    values = [0.001, 0.04, 0.011, 0.03, 0.0126]
+    rejected = [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]  # times 5, 1, 4, 2 and 3, and not less than the ones before: 0.005, 0.06, 0.044, 0.06, 0.044
+    judgements = [Judgement("holds", p, []) for p in values]
+    judgements.insert(2, Judgement("not run", None, []))
+    verdicts = holm(judgements)
+    assert verdicts.pop(2) == "not run"
+    assert [verdict == "holds" for verdict in verdicts] == rejected
+
+
 def test_verdicts(monkeypatch):
     found = results(monkeypatch, {"identity": A, "baseline": B, "pool5": [60.0, 60.1, 60.2], "pool7": [70.0]})
-    assert found.judge([{"identity": 1, "pool5": -1}])[0] == "holds"
-    assert found.judge([{"pool5": 1, "identity": -1}])[0] == "fails"
-    assert found.judge([{"baseline": 1, "pool5": -1}, {"identity": 1, "baseline": -1, "point": 2}])[0] == "undecided"
-    assert found.judge([{"pool7": 1, "pool5": -1}])[0] == "not run"
-    assert found.judge([{"relu": 1, "pool5": -1}])[0] == "not run"
-    assert found.judge([{"relu": 1, "pool5": -1}, {"pool5": 1, "identity": -1}])[0] == "fails"
+    assert found.judge([{"identity": 1, "pool5": -1}]).verdict == "holds"
+    assert found.judge([{"pool5": 1, "identity": -1}]).verdict == "fails"
+    assert (
+        found.judge([{"baseline": 1, "pool5": -1}, {"identity": 1, "baseline": -1, "point": 2}]).verdict == "undecided"
+    )
+    assert found.judge([{"pool7": 1, "pool5": -1}]).verdict == "not run"
+    assert found.judge([{"relu": 1, "pool5": -1}]).verdict == "not run"
+    assert found.judge([{"relu": 1, "pool5": -1}, {"pool5": 1, "identity": -1}]).verdict == "fails"
 
 
 def test_a_run_cannot_be_counted_twice(monkeypatch):

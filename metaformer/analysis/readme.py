@@ -45,7 +45,7 @@ def status(tables: dict[str, Table], measured: Measured) -> str:
     pairs = [cell for name in NUMBERED for row in tables[name].rows for cell in row.values() if isinstance(cell, Pair)]
     accuracies = [pair.here.value for pair in pairs if pair.paper]
     measured_here = len(accuracies) - accuracies.count(None)
-    decided = Counter(verdict.kind for _, _, _, verdict, _ in judged(measured))
+    decided = Counter(each.verdict.kind for each in judged(measured))
     devices = {row["device"] for record in measured.records["benchmark"] for row in beside_timm(record)}
     lines = [
         "- **Architecture**: with the same weights, logits, features and gradients equal those of timm's and "
@@ -155,11 +155,13 @@ def conclusions(measured: Measured) -> str:
     """How many statements hold in each study, and what the study took."""
     lines = []
     for name, results in measured.studies.items():
-        kinds = Counter(verdict.kind for study, _, _, verdict, _ in judged(measured) if study == name)
+        kinds = Counter(each.verdict.kind for each in judged(measured) if each.study == name)
+        corrected = Counter(each.after_holm.kind for each in judged(measured) if each.study == name)
         lines.append(f"- {cost_of(name, results)}")
         lines.append(
             f"- {name}: of {sum(kinds.values())} statements, {kinds['holds']} hold, {kinds['fails']} fail, "
-            f"{kinds['undecided']} are undecided, and {kinds['not run']} are not run."
+            f"{kinds['undecided']} are undecided, and {kinds['not run']} are not run. After Holm's correction for the "
+            f"number of statements, {corrected['holds']} hold and {corrected['fails']} fail."
         )
     return "\n".join(lines) or "Not run yet."
 

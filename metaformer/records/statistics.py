@@ -7,7 +7,10 @@ Intervals are of 95 %, by Student's t with the variances of the rows kept apart 
 m = sum of w_i m_i, of rows with n_i runs of variance v_i, the variance is V = sum of (a_i = w_i^2 v_i / n_i), with
 V^2 / sum of (a_i^2 / (n_i - 1)) degrees of freedom. Few seeds can agree by chance, and runs that guess agree exactly.
 So v_i is the sample variance, but not less than the binomial variance p (1 - p) / N of an accuracy p on N validation
-images (with at least one image right and one wrong). Nothing is corrected for the number of intervals.
+images (with at least one image right and one wrong).
+
+Runs with the same seed see the same pictures in the same order. Paired intervals use this: they are Student's t on the
+weighted sums of single seeds, of those that all rows have. Holm's procedure corrects for the number of statements.
 """
 
 import math
@@ -39,6 +42,31 @@ class Interval(NamedTuple):
     high: float
 
 
+class Estimate(NamedTuple):
+    """A weighted sum of top-1, in percentage points, with its standard error and degrees of freedom."""
+
+    value: float
+    error: float
+    freedom: float
+
+    def interval(self) -> Interval:
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom) * self.error
+        return Interval(self.value, self.value - half, self.value + half)
+
+    @property
+    def p(self) -> float:
+        """Of the two-sided test that the sum is 0."""
+        return 2 * float(stats.t.sf(abs(self.value) / self.error, self.freedom))
+
+
+class Judgement(NamedTuple):
+    """``holds``, ``fails``, ``undecided`` or ``not run``; its p-value; the interval of each sum."""
+
+    verdict: str
+    p: float | None
+    sums: list[Interval | None]
+
+
 class Results:
     """The runs of a study by row and seed.
 
@@ -66,22 +94,35 @@ class Results:
             of_row[record.seed] = self.chance if diverged else record.curve[-1].top1
             self.diverged[row] = self.diverged.get(row, 0) + diverged
 
-    def combination(self, weights: Weights) -> Interval | None:
-        """A weighted sum of the rows' means with its interval; ``None`` if a row has fewer than two runs."""
-        total, parts = 0.0, []
-        for name, weight in weights.items():
-            if name in CONSTANTS:
-                total += weight * (self.chance if name == "chance" else 1.0)
-                continue
-            values = list(self.top1.get(name, {}).values())
+    def estimate(self, weights: Weights) -> Estimate | None:
+        """A weighted sum of the rows' means (Welch); ``None`` if a row has fewer than two runs."""
+        parts = []
+        for row, weight in rows_in(weights).items():
+            values = list(self.top1.get(row, {}).values())
             if len(values) < 2:
                 return None
-            total += weight * mean(values)
             parts.append((weight**2 * self.variance(values) / len(values), len(values) - 1))
+        value = self.weighted(weights, {row: mean(self.top1[row].values()) for row in rows_in(weights)})
         whole = sum(part for part, _ in parts)
-        freedom = whole**2 / sum(part**2 / of for part, of in parts)
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(whole)
-        return Interval(total, total - half, total + half)
+        return Estimate(value, math.sqrt(whole), whole**2 / sum(part**2 / of for part, of in parts))
+
+    def paired(self, weights: Weights) -> Estimate | None:
+        """As :meth:`estimate`, from the sums of single seeds; ``None`` below three seeds, or if all sums agree."""
+        of_rows = [self.top1.get(row, {}) for row in rows_in(weights)]
+        seeds = set.intersection(*map(set, of_rows)) if of_rows else ()
+        sums = [self.weighted(weights, {row: self.top1[row][seed] for row in rows_in(weights)}) for seed in seeds]
+        if len(sums) < 3 or variance(sums) == 0:
+            return None
+        return Estimate(mean(sums), math.sqrt(variance(sums) / len(sums)), len(sums) - 1)
+
+    def weighted(self, weights: Weights, top1: dict[str, float]) -> float:
+        values = {"chance": self.chance, "point": 1.0, **top1}
+        return sum(weight * values[name] for name, weight in weights.items())
+
+    def combination(self, weights: Weights) -> Interval | None:
+        """The interval of :meth:`estimate`."""
+        estimate = self.estimate(weights)
+        return estimate and estimate.interval()
 
     def variance(self, values: list[float]) -> float:
         """Of a row's runs, in squared percentage points: at least that of a count of validation images."""
@@ -89,14 +130,20 @@ class Results:
         share = min(max(mean(values) / 100, 1 / images), 1 - 1 / images)
         return max(variance(values), 100**2 * share * (1 - share) / images)
 
-    def judge(self, tests: list[Weights]) -> tuple[str, list[Interval | None]]:
-        """``holds``, ``fails``, ``undecided`` or ``not run``, and the sums."""
-        sums = [self.combination(weights) for weights in tests]
-        if any(interval and interval.high < 0 for interval in sums):
-            return "fails", sums
+    def judge(self, tests: list[Weights], paired: bool = False) -> Judgement:
+        """Whether each of the sums is above 0, by their intervals."""
+        sums = [self.paired(weights) if paired else self.estimate(weights) for weights in tests]
+        intervals = [estimate and estimate.interval() for estimate in sums]
+        below = [
+            estimate.p for estimate, interval in zip(sums, intervals, strict=True) if interval and interval.high < 0
+        ]
+        if below:
+            return Judgement("fails", min(1.0, len(tests) * min(below)), intervals)
         if None in sums:
-            return "not run", sums
-        return ("holds" if all(interval.low > 0 for interval in sums) else "undecided"), sums
+            return Judgement("not run", None, intervals)
+        if all(interval.low > 0 for interval in intervals):
+            return Judgement("holds", max(estimate.p for estimate in sums), intervals)
+        return Judgement("undecided", 1.0, intervals)
 
     def rank_correlation(self, paper: dict[str, float]) -> tuple[int, Interval | None]:
         """Spearman's between the paper's top-1 of the rows and the means here: number of rows, and the coefficient.
@@ -115,6 +162,26 @@ class Results:
             return len(rows), Interval(r, r, r)
         half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + r**2 / 2) / (len(rows) - 3))
         return len(rows), Interval(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))
+
+
+def rows_in(weights: Weights) -> Weights:
+    return {name: weight for name, weight in weights.items() if name not in CONSTANTS}
+
+
+def holm(judgements: list[Judgement]) -> list[str]:
+    """The verdicts, of which those become ``undecided`` that Holm's procedure does not keep.
+
+    The smallest p-value is compared with 5 % divided by the number of statements that were run, the next with 5 %
+    divided by one less, and so on up to the first that is larger.
+    """
+    run = sorted((judgement.p, index) for index, judgement in enumerate(judgements) if judgement.p is not None)
+    verdicts = [judgement.verdict for judgement in judgements]
+    rejected = True
+    for rank, (p, index) in enumerate(run):
+        rejected = rejected and p <= (1 - CONFIDENCE) / (len(run) - rank)
+        if not rejected:
+            verdicts[index] = "undecided"
+    return verdicts
 
 
 def check_recipe(name: str, study: Study, record: Training) -> None:
