@@ -17,7 +17,6 @@ import torch
 from timm.layers import to_ntuple
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import metaformer
 from metaformer.analysis import baselines  # noqa: F401  (registers models of Table 2)
@@ -56,13 +55,12 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
     Raises:
         InputError: no such model or config, or a size that it does not take.
     """
-    with shapes_only():
-        network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
-    analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, 3, *size))
+    network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
+    analysis = FlopCountAnalysis(network.eval().to("meta"), torch.zeros(1, 3, *size, device="meta"))
     analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     try:
-        with shapes_only():
+        with on_meta_device():
             by_operator, by_module = analysis.by_operator(), analysis.by_module()
             uncounted = analysis.unsupported_ops()
     except (AssertionError, RuntimeError) as error:
@@ -175,78 +173,37 @@ ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
-    """Build and trace without the arithmetic: no random weights, nothing in the outputs of expensive operators.
+def on_meta_device() -> Iterator[None]:
+    """Trace a model on the meta device, where operators compute shapes only.
 
-    Counting needs shapes alone, and takes a second for a detector this way. PyTorch cannot trace its convolutions on
-    the meta device, which would do the same. Attention is traced in its parts, since fvcore does not know the operator
-    that computes it at once.
+    Convolutions are called by the operator that a trace records, since PyTorch cannot trace ``F.conv2d`` here.
+    Attention is traced in its parts, since fvcore does not know the operator that computes it at once.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     traced = {f"conv{dims}d": convolution for dims in (1, 2, 3)}
     traced |= {f"conv_transpose{dims}d": transposed_convolution for dims in (1, 2, 3)}
     try:
-        with torch.no_grad(), patch.multiple(F, **traced), NoArithmetic():
+        with torch.no_grad(), patch.multiple(F, **traced):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """``F.conv1d`` to ``F.conv3d`` by the operator that a trace records, so that :class:`NoArithmetic` finds it."""
+    """``F.conv1d``, ``F.conv2d`` and ``F.conv3d``."""
     per_side = to_ntuple(weight.ndim - 2)
     dilation = per_side(dilation)
     if padding == "same":
         reach = [step * (kernel - 1) for step, kernel in zip(dilation, weight.shape[2:], strict=True)]
         x = F.pad(x, [pad for total in reversed(reach) for pad in (0, total)])  # for the shape, any side will do
     padding = per_side(0 if isinstance(padding, str) else padding)
-    geometry = (per_side(stride), padding, dilation, False, per_side(0))
-    return torch._convolution(x, weight, bias, *geometry, groups, *[False] * 4)
+    return torch._convolution(
+        x, weight, bias, per_side(stride), padding, dilation, False, per_side(0), groups, *[False] * 4
+    )
 
 
 def transposed_convolution(x, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     per_side = to_ntuple(weight.ndim - 2)
     geometry = (per_side(stride), per_side(padding), per_side(dilation), True, per_side(output_padding))
     return torch._convolution(x, weight, bias, *geometry, groups, *[False] * 4)
-
-
-class NoArithmetic(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        if func in (aten.normal_.default, aten.uniform_.default, aten.erfinv_.default):
-            return args[0]
-        if func is aten.convolution.default:
-            raise RuntimeError("it calls a convolution in a way that a trace does not see")
-        if func is aten._convolution.default:
-            x, weight, _, stride, padding, dilation, transposed, out_padding, groups = args[:9]
-            batch, _, *sides = map(int, x.shape)
-            channels, per_group, *kernel = map(int, weight.shape)
-            if transposed:
-                sides = map(side_after_transposed, sides, kernel, stride, padding, dilation, out_padding)
-                return x.new_empty(batch, per_group * groups, *sides)
-            return x.new_empty(batch, channels, *map(side_after, sides, kernel, stride, padding, dilation))
-        if func is aten.avg_pool2d.default:
-            return pooled(*args)
-        if func in (aten.mm.default, aten.bmm.default):
-            left, right = args
-        elif func is aten.addmm.default:
-            _, left, right = args
-        else:
-            return func(*args, **(kwargs or {}))
-        return left.new_empty(*map(int, left.shape[:-1]), int(right.shape[-1]))
-
-
-def pooled(x, kernel, stride=(), padding=(0, 0), ceil_mode=False, *rest):
-    if ceil_mode:
-        return torch.ops.aten.avg_pool2d(x, kernel, stride, padding, ceil_mode, *rest)
-    batch, channels, *sides = map(int, x.shape)
-    return x.new_empty(batch, channels, *map(side_after, sides, kernel, stride or kernel, padding, (1, 1)))
-
-
-def side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def side_after_transposed(side: int, kernel: int, stride: int, padding: int, dilation: int, out_padding: int) -> int:
-    return (side - 1) * stride - 2 * padding + dilation * (kernel - 1) + out_padding + 1
