@@ -8,11 +8,10 @@ from typing import Any
 from metaformer.analysis.cells import Accuracy, Measurement
 from metaformer.analysis.paper import built_rows, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
-from metaformer.records import Benchmark, Classification, Detection, Record, Segmentation, Training, read_record
+from metaformer.records import Benchmark, Classification, Evaluation, Record, Training, read_record
 from metaformer.records.statistics import Results
 from metaformer.variants import VARIANTS
 
-Evaluation = Classification | Detection | Segmentation
 Metric = Callable[[Evaluation], float | None]
 
 

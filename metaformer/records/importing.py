@@ -28,7 +28,7 @@ def sources(path: Path) -> list[Path]:
 
 
 def without_machine_paths(value: Any) -> Any:
-    """Every absolute path in a record cut to its last part: the rest says where, not what."""
+    """A copy of a record in which every absolute path is cut to its last part."""
     if isinstance(value, dict):
         return {key: without_machine_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -44,7 +44,10 @@ def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
     for path in (file for given in paths for file in sources(given)):
         record = load(path)
         parsed = parse(record, path)
-        record = without_machine_paths(record)
+        try:
+            record = without_machine_paths(record)
+        except RecursionError as error:
+            raise InputError(f"{path} is not a result record: it is nested too deeply") from error
         if isinstance(parsed, Training) and parsed.settings.study:
             # By what it is, so that a run cannot be counted twice.
             checked[results / parsed.settings.study / f"{parsed.settings.row}-{parsed.seed}.json"] = record

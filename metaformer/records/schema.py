@@ -9,12 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from metaformer.errors import InputError
 
 __all__ = [
-    *("Benchmark", "Classification", "Contestant", "Detection", "Faults", "Loading", "Record", "Segmentation"),
-    *("Spread", "Timed", "Training", "parse", "read_record"),
+    *("Benchmark", "Classification", "Contestant", "Detection", "Evaluation", "Faults", "Loading", "Record"),
+    *("Segmentation", "Spread", "Timed", "Training", "parse", "read_record"),
 ]
-DEEPEST = 50
-"""Levels of nesting that a record may have; what runs write has fewer than ten."""
-
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -99,12 +96,20 @@ class TrainedFor(Part):
     seed: int
 
 
-class Classification(Provenance):
-    kind: Literal["classification"]
+class Evaluation(Provenance):
     model: str
+    checkpoint: Weights | None
+    data: Data
+
+    @property
+    def images(self) -> int | None:
+        return self.data.images
+
+
+class Classification(Evaluation):
+    kind: Literal["classification"]
     checkpoint: Weights
     training: TrainedFor | None
-    data: Data
     settings: Settings
     metrics: Top
 
@@ -129,22 +134,12 @@ def of_ade20k(metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-class OfToolbox(Provenance):
-    model: str
-    checkpoint: Weights | None
-    data: Data
-
-    @property
-    def images(self) -> int | None:
-        return self.data.images
-
-
-class Detection(OfToolbox):
+class Detection(Evaluation):
     kind: Literal["detection"]
     metrics: Annotated[dict[str, float], AfterValidator(of_coco)]
 
 
-class Segmentation(OfToolbox):
+class Segmentation(Evaluation):
     kind: Literal["segmentation"]
     metrics: Annotated[dict[str, float], AfterValidator(of_ade20k)]
 
@@ -180,7 +175,7 @@ class Training(Part):
     """Pictures left out of each split because they could not be read."""
 
     @model_validator(mode="after")
-    def _has_its_result(self) -> "Training":
+    def _is_consistent(self) -> "Training":
         study = self.settings.study is not None
         if self.status == "failed" or (self.status == "diverged" and not study):
             raise ValueError(f"the run {self.status}: {self.error}")
@@ -190,10 +185,6 @@ class Training(Part):
             raise ValueError("a run of a study has a seed")
         if self.status != "diverged" and (self.images_per_s is None or (study and not self.curve)):
             raise ValueError("the run has not finished an epoch")
-        return self
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> "Training":
         if self.settings.seed not in (None, self.seed):
             raise ValueError(f"seed is {self.seed}, but settings.seed is {self.settings.seed}")
         numbers = [epoch.epoch or i for i, epoch in enumerate(self.curve, start=1)]
@@ -283,30 +274,24 @@ class Spread(Part):
     min: Amount
     max: Amount
 
-    @model_validator(mode="after")
-    def _is_in_order(self) -> "Spread":
-        if not self.min <= self.median <= self.max:
-            raise ValueError(f"the median {self.median} is not between {self.min} and {self.max}")
-        return self
-
 
 class Decoder(Part):
     decode_images_per_s: Spread
     loader_images_per_s_per_worker: Spread
-    loader_relative_to_pillow: Spread
+    loader_relative_to_pillow: Spread | None = None
     workers_needed: Positive | None
 
 
 class Pictures(Data):
     mean_width: Amount
     mean_height: Amount
-    mean_bytes: Amount
+    mean_bytes: Amount  # of the encoded file
 
 
 class Loading(Provenance):
     kind: Literal["loader"]
     model: Literal["jpeg"] = "jpeg"
-    """A loader has no model; this is what the file of its record is called by."""
+    """Stands in the name of the record's file where other records have a model."""
     data: Pictures
     workers: Positive
     rounds: Positive
@@ -356,18 +341,11 @@ def read_record(path: Path) -> Record:
 
 def load(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the record {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a result record: it is not JSON ({error})") from error
-    levels, level = 0, [record]  # counted without recursion, which has a limit of its own
-    while level := [part for part in level if isinstance(part, dict | list)]:
-        levels += 1
-        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
-    if levels > DEEPEST:
-        raise InputError(f"{path} is not a result record: it is nested more than {DEEPEST} deep")
-    return record
 
 
 def parse(record: Any, path: Path) -> Record:
