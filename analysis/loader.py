@@ -1,4 +1,4 @@
-"""Measures images per second of the training loader, and where the time of a picture goes.
+"""Measures images per second of the training loader and of decoding alone.
 
     python analysis/loader.py --data-dir FOLDER [--config FILE] [--workers N] [--images N] [--rounds N]
         [--consume IMAGES_PER_S] [--record FILE]
@@ -24,26 +24,21 @@ from metaformer.training.distributed import join
 
 def report(record: dict[str, Any]) -> str:
     data, pillow = record["data"], record["decoders"]["pillow"]
-    total = sum(spent["median"] for spent in record["split_ms"].values())
     lines = [
         f"{record['images']} pictures of {data['mean_width']:.0f} x {data['mean_height']:.0f} pixels and "
         f"{data['mean_bytes'] / 1000:.0f} kB on average, to {record['settings']['img_size']} px; "
         f"--workers {record['workers']} on {record['hardware']['cores']} cores ({record['hardware']['cpu']}); "
         f"median of {record['rounds']} rounds (min to max)",
-        f"  loader, images/s per worker  {in_words(pillow['loader_images_per_s_per_worker'], '.0f')}",
-        f"  decoding alone, images/s     {in_words(pillow['decode_images_per_s'], '.0f')}",
+        "  loader, images/s per worker  {median:.0f} ({min:.0f} to {max:.0f})".format_map(
+            pillow["loader_images_per_s_per_worker"]
+        ),
+        "  decoding alone, images/s     {median:.0f} ({min:.0f} to {max:.0f})".format_map(
+            pillow["decode_images_per_s"]
+        ),
     ]
     if record["consume_images_per_s"]:
         lines.append(f"  workers for {record['consume_images_per_s']:,g} images/s: {pillow['workers_needed']:,}")
-    lines += ["", f"  {'ms per picture':<16} {'in one process':>22} {'share':>7}"]
-    for step, spent in record["split_ms"].items():
-        lines.append(f"  {step:<16} {in_words(spent, '.2f'):>22} {spent['median'] / total:>7.0%}")
     return "\n".join(lines)
-
-
-def in_words(spread: dict[str, float], digits: str) -> str:
-    median, low, high = (format(spread[key], digits) for key in ("median", "min", "max"))
-    return f"{median} ({low} to {high})"
 
 
 def main() -> None:

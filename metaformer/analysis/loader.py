@@ -1,31 +1,22 @@
-"""Throughput of the training loader, and the time that each of its steps takes."""
+"""Throughput of the training loader."""
 
 import math
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from metaformer.errors import InputError
-from metaformer.training.batches import Images, TrainBatches, checked, collate, seed_everything, to_rgb
+from metaformer.training.batches import TrainBatches, checked, to_rgb
 from metaformer.training.config import Config
 from metaformer.training.data import class_names, count_classes, open_split
 from metaformer.training.distributed import Processes
 from metaformer.training.loader import shut_down, train_loader
 from metaformer.training.model import build_model, with_input_of
 
-STEPS = {
-    "RandomResizedCropAndInterpolation": "crop and resize",
-    "RandomHorizontalFlip": "flip",
-    "MaybePILToTensor": "to tensor",
-}
-"""Names of timm's transforms in the record; others are called by their class."""
 INPUT_SETTINGS = {
     *("img_size", "scale", "ratio", "hflip", "vflip", "train_interpolation", "auto_augment", "color_jitter", "seed"),
     *("mean", "std"),  # RandAugment fills with the mean
@@ -35,15 +26,15 @@ INPUT_SETTINGS = {
 def measure(
     config: Config, processes: Processes, workers: int, images: int, rounds: int, consume: float | None = None
 ) -> dict[str, Any]:
-    """The record of a measurement (:class:`metaformer.records.Loading`), without its provenance.
+    """Measure the loader and return a record (:class:`metaformer.records.Loading`) without its provenance.
 
     Args:
-        workers: processes of the loader.
-        images: pictures in a round, at most; all of the folder if it has fewer.
-        consume: images/s that a node's devices take, to be divided by the speed of a worker.
+        workers: number of loader processes.
+        images: largest number of pictures in a round.
+        consume: images/s that the devices of a node take, from which the number of workers is computed.
 
     Raises:
-        InputError: no pictures, fewer than workers, or one that cannot be read.
+        InputError: there are no pictures, fewer pictures than workers, or a picture cannot be read.
     """
     dataset = open_split(config, config.train_split, workers, is_training=True)
     num_classes = count_classes(config, class_names(dataset))
@@ -51,36 +42,36 @@ def measure(
     config = with_input_of(config, build_model(fresh, num_classes))
     batches = equal_batches(len(dataset), min(images, len(dataset)), config.device_batch, workers, config.seed)
     loader = train_loader(config, dataset, batches, processes, workers)
-    number = sum(len(batch) for batch in batches)
-    speeds, decoding, steps = [], [], []
+    indices = [index for batch in batches for _, index in batch]
+    rates, decoding = [], []
     try:
         seconds_of_epoch(loader, num_classes)  # starts the processes
         for _ in tqdm(range(rounds), unit="round", disable=None):
-            speeds.append(number / seconds_of_epoch(loader, num_classes) / workers)
-            steps.append(split(loader.dataset, batches))
-            decoding.append(1000 / steps[-1]["decode"])
+            rates.append(len(indices) / seconds_of_epoch(loader, num_classes) / workers)
+            start = time.perf_counter()
+            sizes = [decoded(dataset, index) for index in indices]
+            decoding.append(len(indices) / (time.perf_counter() - start))
     finally:
         shut_down(loader)
-    speed = spread(speeds)
-    files = (dataset.reader[index][0] for batch in batches for _, index in batch)
+    width, height, size = map(statistics.mean, zip(*sizes, strict=True))
+    means = {"mean_width": width, "mean_height": height, "mean_bytes": size}
+    rate = spread(rates)
     return {
         "kind": "loader",
-        "data": {"data_dir": config.data_dir, "classes": num_classes, "images": len(dataset), **sizes(files)},
+        "data": {"data_dir": config.data_dir, "classes": num_classes, "images": len(dataset), **means},
         "settings": config.model_dump(mode="json", include=INPUT_SETTINGS),
         "workers": workers,
-        "images": number,
+        "images": len(indices),
         "batch": batches.device_batch,
         "rounds": rounds,
         "consume_images_per_s": consume,
         "decoders": {
             "pillow": {
                 "decode_images_per_s": spread(decoding),
-                "loader_images_per_s_per_worker": speed,
-                "loader_relative_to_pillow": spread([1.0]),
-                "workers_needed": None if consume is None else math.ceil(consume / speed["median"]),
+                "loader_images_per_s_per_worker": rate,
+                "workers_needed": None if consume is None else math.ceil(consume / rate["median"]),
             }
         },
-        "split_ms": {step: spread([of[step] for of in steps]) for step in steps[0]},
     }
 
 
@@ -105,45 +96,11 @@ def seconds_of_epoch(loader: DataLoader, num_classes: int) -> float:
     return time.perf_counter() - start
 
 
-def split(images: Images, batches: TrainBatches) -> dict[str, float]:
-    """Milliseconds that a picture takes in each step of the loader, in this process."""
-    spent: Counter[str] = Counter()
-
-    def timed(step: str, function: Callable, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*arguments)
-        spent[step] += 1000 * (time.perf_counter() - start)
-        return result
-
-    def read(index: int) -> tuple[bytes, int]:
-        file, label = images.dataset.reader[index]
-        with file:
-            return file.read(), label
-
-    pictures = 0
-    for batch in batches:
-        samples = []
-        for epoch, index in batch:
-            timed("seed", seed_everything, images.seed, epoch, index)
-            encoded, label = timed("read", read, index)
-            image = timed("decode", lambda file: to_rgb(Image.open(file)), BytesIO(encoded))
-            for step in images.transform.transforms:
-                name = type(step).__name__
-                image = timed(STEPS.get(name, name), step, image)
-            samples.append((image, label))
-        timed("collate", collate, samples)
-        pictures += len(samples)
-    return {step: milliseconds / pictures for step, milliseconds in spent.items()}
-
-
-def sizes(files: Iterable[BinaryIO]) -> dict[str, float]:
-    """Mean width and height in pixels, and mean size in bytes, of opened pictures; closes them."""
-    found = []
-    for file in files:
-        with file, Image.open(file) as picture:
-            found.append((*picture.size, file.seek(0, 2)))
-    means = map(statistics.mean, zip(*found, strict=True))
-    return dict(zip(("mean_width", "mean_height", "mean_bytes"), means, strict=True))
+def decoded(dataset: Dataset, index: int) -> tuple[int, int, int]:
+    """Decode a picture; returns its width and height in pixels and its size in bytes."""
+    file, _ = dataset.reader[index]
+    with file:
+        return *to_rgb(Image.open(file)).size, file.seek(0, 2)
 
 
 def spread(values: list[float]) -> dict[str, float]:

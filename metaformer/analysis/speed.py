@@ -172,7 +172,7 @@ def loader(measured: Measured) -> Table:
             "workers": Number(record.workers),
             "decoding alone, images/s": measured_range(of.decode_images_per_s, 0),
             "whole loader, images/s per worker": measured_range(of.loader_images_per_s_per_worker, 0),
-            "times Pillow": measured_range(of.loader_relative_to_pillow, 2),
+            "times Pillow": of.loader_relative_to_pillow and measured_range(of.loader_relative_to_pillow, 2),
             "workers for": f"{record.consume_images_per_s:,g} images/s: {of.workers_needed}"
             if record.consume_images_per_s
             else None,
@@ -182,9 +182,11 @@ def loader(measured: Measured) -> Table:
         for name, of in record.decoders.items()
     ]
     notes = [
-        "The training loader with the paper's augmentation, on JPEGs from the file cache; medians of rounds in which "
-        "the decoders take turns, with the least and the most. Training decodes with Pillow.",
-        "What a GPU takes is images/s in speed.md, or in the run.json of a run; analysis/loader.py --consume divides.",
+        "Images/s of the training loader with the paper's augmentation, on JPEGs in the file cache: median over rounds "
+        "(minimum to maximum). Training decodes with Pillow. The other decoders were compared once, and "
+        "analysis/loader.py no longer measures them.",
+        "speed.md and the run.json of a run give the images/s that a GPU takes. `analysis/loader.py --consume` "
+        "computes the number of workers for them.",
     ]
     return Table("loader", "What the training loader delivers", rows, notes)
 
