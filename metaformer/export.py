@@ -1,10 +1,9 @@
 """Export a model or its backbone to ONNX or torch.export, compared with the model that it was made from."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.export import Dim
 from metaformer.errors import InputError, nearest
 from metaformer.mixers import Size
 from metaformer.model import MetaFormer
+from metaformer.provenance import write_file, writing
 from metaformer.weights import Opened
 from metaformer.weights.opener import fixes_size
 
@@ -114,17 +114,17 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     traced = tuple(max(side, 2 * stride(backbone)) for side in size) if varies else size
     images = torch.randn(2, channels, *traced)
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
-    with beside(target) as path:
-        if to == "onnx":
-            levels = [f"level{i}" for i in range(len(backbone.stages))] if isinstance(model, Levels) else ["logits"]
-            write_onnx(model, images, dims, levels, path)
-            exported = read_onnx(path)
-        else:
-            write_torch_export(model, images, dims, path)
-            exported = read_torch_export(path)
-        error = largest_error(exported, model, channels, sizes)
-        if not error <= TOLERANCE:
-            raise InputError(f"the exported model differs from the model by {error:.1e} of its output: nothing written")
+    if to == "onnx":
+        levels = [f"level{i}" for i in range(len(backbone.stages))] if isinstance(model, Levels) else ["logits"]
+        content, exported = onnx(model, images, dims, levels)
+    else:
+        content, exported = torch_export(model, images, dims)
+    error = largest_error(exported, model, channels, sizes)
+    if not error <= TOLERANCE:
+        raise InputError(f"the exported model differs from the model by {error:.1e} of its output: nothing written")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_file(target, lambda file: file.write(content))
     takes = f"height, width) from {smallest} pixels a side" if varies else f"{size[0]}, {size[1]})"
     return (
         f"images (batch, {channels}, {takes}; largest relative error {error:.1e} with batches of "
@@ -132,29 +132,23 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     )
 
 
-def write_onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], outputs: list[str], path: Path) -> None:
-    names = {"input_names": ["images"], "output_names": outputs}
-    program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=(dims,), verbose=False, **names)
-    program.save(path, external_data=False)
-
-
-def read_onnx(path: Path) -> Exported:
+def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], outputs: list[str]) -> tuple[bytes, Exported]:
+    """The content of an ONNX file, and what it computes."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: tuple(torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()}))
+    names = {"input_names": ["images"], "output_names": outputs}
+    program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=(dims,), verbose=False, **names)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda given: tuple(map(torch.from_numpy, session.run(None, {"images": given.numpy()})))
 
 
-def write_torch_export(model: nn.Module, images: Tensor, dims: dict[int, Dim], path: Path) -> None:
-    program = torch.export.export(model, (images,), dynamic_shapes=(dims,))
-    with path.open("wb") as file:  # given a name, torch insists on .pt2
-        torch.export.save(program, file)
-
-
-def read_torch_export(path: Path) -> Exported:
-    with path.open("rb") as file:
-        exported = torch.export.load(file).module()
-    return lambda images: as_tuple(exported(images))
+def torch_export(model: nn.Module, images: Tensor, dims: dict[int, Dim]) -> tuple[bytes, Exported]:
+    """The content of a file of ``torch.export.save``, and what it computes."""
+    file = BytesIO()
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=(dims,)), file)
+    exported = torch.export.load(BytesIO(file.getvalue())).module()
+    return file.getvalue(), lambda given: as_tuple(exported(given))
 
 
 def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -172,20 +166,3 @@ def largest_error(exported: Exported, model: nn.Module, channels: int, sizes: li
             pairs = zip(exported(images), as_tuple(model(images)), strict=True)
             errors += [(value - reference).norm() / reference.norm() for value, reference in pairs]
     return torch.stack(errors).max().item()  # max() of Python would pass over what is not a number
-
-
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A path to write to. It becomes ``target`` when the block ends, and is removed if the block raises.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-            path = Path(folder) / target.name
-            yield path
-            path.replace(target)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
