@@ -17,7 +17,7 @@ from transformers.image_utils import load_image
 import metaformer
 from metaformer import open_checkpoint
 from metaformer.prediction import Pictures, names_of
-from metaformer.training.batches import transform
+from metaformer.training.batches import Images, transform
 from metaformer.training.config import Config
 from oracles import save_run
 
@@ -117,7 +117,8 @@ def test_pictures_are_turned_as_the_camera_says(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     config = Config(img_size=32, crop_pct=0.9, interpolation="bicubic")
-    one, other = (Pictures([tmp_path / f"{name}.png"], config)[0][1] for name in ("upright", "turned"))
+    prepared = Images(Pictures([tmp_path / "upright.png", tmp_path / "turned.png"]), transform(config, False), seed=0)
+    (one, _), (other, _) = prepared[0, 0], prepared[0, 1]
     assert (np.asarray(one) == np.asarray(other)).all()
 
 
@@ -170,14 +171,14 @@ def test_all_kinds_of_pictures_are_read_as_by_transformers(tmp_path):
     """
     config = Config(crop_pct=0.9, interpolation="bicubic")
     paths = draw_kinds(tmp_path)
-    ours = Pictures(paths, config)
+    ours = Images(Pictures(paths), transform(config, False), seed=0)
     processor = PoolFormerImageProcessor(do_normalize=False, do_rescale=False)
     for index, path in enumerate(paths):
         picture = load_image(str(path))
         if path.name == "sixteen.png":
             picture = Image.fromarray((np.asarray(Image.open(path)) >> 8).astype(np.uint8)).convert("RGB")
         theirs = processor(picture, return_tensors="np", input_data_format="channels_first")
-        difference = np.abs(np.asarray(ours[index][1]).astype(int) - np.rint(theirs["pixel_values"][0]).astype(int))
+        difference = np.abs(np.asarray(ours[0, index][0]).astype(int) - np.rint(theirs["pixel_values"][0]).astype(int))
         assert difference.max() <= 2, path.name
         assert difference.mean() < 0.05, path.name
 
