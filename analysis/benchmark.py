@@ -1,21 +1,21 @@
-"""Times forms of a model beside timm's and transformers' classes of it, and what the machine allows at most.
+"""Benchmarks forms of a model beside timm's and transformers' classes, and beside the limit of the machine.
 
     python analysis/benchmark.py [MODEL] [--forms FORM...] [--tasks TASK...] [--compile] [--batch N] [--size PIXELS...]
         [--precision P] [--memory-format F] [--device D] [--rounds N] [--record FILE]
 
-Forms are ours as the equations are printed (plain), in fewer passes over memory (fused) and for inference alone
-(folded), and, for the five PoolFormers, timm's and transformers' classes. All have the same weights and images and take
-turns in every round, each time in another order, and are compared round by round.
+The forms of this package compute the equations as printed (plain), compute them in fewer passes over memory (fused), or
+fold the norms into the weights for inference (folded). The five PoolFormers are also compared with timm's and
+transformers' classes. All forms have the same weights and images. Every round times each of them once, in a rotated
+order, and they are compared round by round.
 
-Inference is the model in eval mode without gradient. Training is a step without its optimizer: forward, cross-entropy
-and backward in train mode, without drop path. The bytes saved are those of all tensors that autograd keeps from the
-model's forward pass, each storage once, without parameters and buffers; images count, and so do copies of weights
-(autocast's, or those that a compiled step makes), which a larger batch shares among more images. Peak memory (CUDA) is
-the most that a call allocates beyond what is there before it: weights are, gradients are not.
+Inference runs the model in eval mode without gradients. A training step is forward, cross-entropy and backward in train
+mode, without drop path and optimizer. Saved bytes are those of all tensors that autograd keeps from the forward pass,
+each storage once, without parameters and buffers. They include the images and copies of weights made by autocast or a
+compiled step; a larger batch shares these copies among more images. Peak memory (CUDA) is the most that a call
+allocates beyond what was allocated before it, which includes the weights but not the gradients.
 
-float32 is float32 throughout. tf32 lets both convolutions and matrix products round to TensorFloat-32, where PyTorch by
-itself would let convolutions alone. bfloat16 and float16 are autocast's. The floor is defined at the top of
-metaformer/analysis/benchmark.py.
+float32 computes in float32 only. tf32 allows TensorFloat-32 in convolutions and in matrix products. bfloat16 and
+float16 use autocast. The floor is defined at the top of metaformer/analysis/benchmark.py.
 """
 
 import argparse

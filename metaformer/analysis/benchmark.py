@@ -1,21 +1,23 @@
-"""Speed and memory of the forms of a model, and the least time that a batch can take on the same machine.
+"""Benchmark the speed and memory of the forms of a model, and estimate the least time that a batch can take.
 
-Contestants take turns in every round, each time in another order, and are compared round by round.
+Each round times all contestants in a rotated order. Contestants are compared round by round.
 
-The floor is the longer of two times: multiply-accumulates over the rate of large matrix products, and bytes over the
-bandwidth of a large copy. Multiply-accumulates are those of :func:`count.count` without the norms', three times as many
-in training. Bytes in inference: every block and every convolution outside of blocks reads its input and writes its
-output once, the head reads its input, and the weights are read once. In training the backward pass reads each input and
-the gradient of each output, writes the gradient of each input but the images, reads the weights again and writes their
-gradients. Maps have the bytes of the precision, weights four per element. Maps that stay in a cache can be faster.
+The floor is the larger of two times: the multiply-accumulates divided by the rate of large matrix products, and the
+bytes divided by the bandwidth of a large copy. The multiply-accumulates are those of :func:`count.count` without the
+norms; training has three times as many. In inference, every block and every convolution outside of blocks reads its
+input and writes its output once, the head reads its input, and the weights are read once. In training, the backward
+pass also reads each input and the gradient of each output, writes the gradient of each input except the images, reads
+the weights again and writes their gradients. Maps have the bytes of the precision, and weights four bytes per element.
+A model can be faster than the floor where maps stay in a cache.
 """
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +32,19 @@ from metaformer.mixers import Size
 from metaformer.model import MetaFormer, size_after
 from metaformer.provenance import provenance
 
-T = TypeVar("T")
 MATRIX = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrices whose product is timed."""
 COPIED = {"cpu": 2**28, "cuda": 2**31}
-"""Bytes of the buffer whose copy is timed: many times a cache."""
+"""Bytes of the buffer whose copy is timed; many times larger than a cache."""
 REPEATS = 10
-"""The best of so many is the machine's rate."""
+"""Repetitions of the product and the copy, of which the fastest gives the rate."""
 WARM_UP = 3
 SHORTEST = 0.2
-"""Seconds that a contestant's turn takes at least, as many calls as that needs."""
+"""Least duration of a contestant's turn in seconds, which sets the number of its calls."""
 
 
 def benchmark(forms: list[str], modes: list[bool], tasks: list[str], settings: Settings) -> dict[str, Any]:
-    """The record of a benchmark (``records.Benchmark``)."""
+    """Run a benchmark and return its record (``records.Benchmark``)."""
     start = provenance()
     device = settings.device
     counted = count(settings.model, settings.size)
@@ -70,38 +71,35 @@ def benchmark(forms: list[str], modes: list[bool], tasks: list[str], settings: S
 
 
 def measure(forms: list[str], modes: list[bool], task: str, settings: Settings) -> list[dict[str, Any]]:
-    """Seconds of a call in each round, and memory, of every contestant (``records.Contestant``).
+    """Measure every contestant (``records.Contestant``): seconds of a call in each round, and memory.
 
     Raises:
-        InputError: a contestant runs out of memory, or gives what is no number; names it.
+        InputError: a contestant runs out of memory or computes a value that is not finite.
     """
-    torch.compiler.reset()  # else the forms of the task before count towards the limit of recompilations
+    torch.compiler.reset()  # otherwise the previous task's forms count towards the limit of recompilations
     with naming_what_lacks_memory(task):
         entered = contestants(forms, modes, task, settings)
     results = []
     for contestant in tqdm(entered, desc=f"{task}: warm-up", unit="contestant", disable=None):
         with naming_what_lacks_memory(f"{task} of {contestant}"):
             results.append(warm_up(contestant, settings))
-    for i in tqdm(range(settings.rounds), desc=task, unit="round", disable=None):
-        for contestant, result in rotated(list(zip(entered, results, strict=True)), i):
+    turns = deque(zip(entered, results, strict=True))
+    for _ in tqdm(range(settings.rounds), desc=task, unit="round", disable=None):
+        for contestant, result in turns:
             with naming_what_lacks_memory(f"{task} of {contestant}"):
                 result["seconds"].append(seconds_of(contestant.call, result["calls"], settings.device))
+        turns.rotate(-1)
     return results
 
 
-def rotated(items: list[T], by: int) -> list[T]:
-    by %= len(items)
-    return items[by:] + items[:by]
-
-
 def warm_up(contestant: Contestant, settings: Settings) -> dict[str, Any]:
-    """A contestant's entry in the record, no round timed yet; this is where it is compiled."""
+    """Call a contestant until it is compiled and warm; returns its entry in the record with no round timed yet."""
     device, training = settings.device, contestant.model.training
     freezes = contestant.compiled and not training and device.type == "cpu"
     with inductor.patch(freezing=True) if freezes else nullcontext():
         first, *_, seconds = (seconds_of(contestant.call, 1, device) for _ in range(WARM_UP))
     if not torch.isfinite(contestant.call()).all():
-        raise InputError(f"{contestant} gives what is no number in {settings.precision}: use another --precision")
+        raise InputError(f"{contestant} is not finite in {settings.precision}: use another --precision")
     return {
         "form": contestant.form,
         "compiled": contestant.compiled,
@@ -124,7 +122,7 @@ def naming_what_lacks_memory(what: str) -> Iterator[None]:
 
 
 def seconds_of(call: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Mean seconds of so many calls in a row, the device's work done."""
+    """Mean seconds of a call, over several calls in a row and including the device's work."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -139,7 +137,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def saved_bytes(contestant: Contestant) -> int:
-    """Bytes that autograd keeps from a forward pass: each storage once, without parameters and buffers."""
+    """Bytes that autograd keeps from a forward pass, each storage once, without parameters and buffers."""
     model = contestant.model
     own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
     kept = {}
@@ -152,12 +150,12 @@ def saved_bytes(contestant: Contestant) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = contestant.forward()
-    del logits  # until here they held all that is kept: no address was used twice
+    del logits  # they kept all saved storages alive until here, so that no address was used twice
     return sum(kept.values())
 
 
 def peak_bytes(contestant: Contestant, device: torch.device) -> int:
-    """The most memory of the GPU that a call allocates beyond what is there before it."""
+    """Peak GPU memory that a call allocates beyond what is allocated before it."""
     contestant.model.zero_grad(set_to_none=True)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -167,7 +165,7 @@ def peak_bytes(contestant: Contestant, device: torch.device) -> int:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiply-accumulates per second of a large matrix product, by the fastest library that PyTorch has for it."""
+    """Multiply-accumulates per second of a large matrix product, by PyTorch's fastest library for it."""
     side = MATRIX[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     products = [lambda: torch.mm(left, right)]
@@ -177,24 +175,25 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy."""
+    """Bytes read and written per second in a large copy."""
     source, target = (torch.ones(COPIED[device.type], dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * source.numel() / min(seconds_of(lambda: target.copy_(source), 1, device) for _ in range(REPEATS))
 
 
 def floor(task: str, settings: Settings, counted: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
-    """MACs and bytes of a batch, and the seconds that they take, as at the top of this file.
+    """MACs, bytes and least seconds of a batch, as defined at the top of this file.
 
     Args:
-        counted: what :func:`count.count` gives for the model.
-        rates: the machine's ``macs_per_s`` and ``bytes_per_s``.
+        counted: result of :func:`count.count` for the model.
+        rates: ``macs_per_s`` and ``bytes_per_s`` of the machine.
     """
     images = 3 * math.prod(settings.size)
     read, written = elements(ours(settings, fused=False), settings.size)
     training = task == "training"
     elements_of_image = 3 * read - images + 2 * written if training else read + written
     weights = (3 if training else 1) * (counted["learnable"] + counted["frozen"])
-    macs = (3 if training else 1) * settings.batch * products(counted)
+    products = sum(macs for operator, macs in counted["macs"].items() if not operator.endswith("_norm"))
+    macs = (3 if training else 1) * settings.batch * products
     moved = settings.batch * settings.dtype.itemsize * elements_of_image + 4 * weights
     return {
         "macs": macs,
@@ -204,7 +203,7 @@ def floor(task: str, settings: Settings, counted: dict[str, Any], rates: dict[st
 
 
 def elements(model: MetaFormer, size: Size) -> tuple[int, int]:
-    """Elements that convolutions, blocks and head read, and that convolutions and blocks write, for an image."""
+    """Elements per image that convolutions, blocks and head read, and that convolutions and blocks write."""
     channels, read, written = model.in_chans, 0, 0
     for layer in [model.stem, *chain.from_iterable((stage.downsample, *stage.blocks) for stage in model.stages)]:
         if isinstance(layer, nn.Identity):
@@ -214,8 +213,3 @@ def elements(model: MetaFormer, size: Size) -> tuple[int, int]:
             channels, size = layer.out_channels, size_after(layer, size)
         written += channels * math.prod(size)
     return read + channels * math.prod(size), written
-
-
-def products(counted: dict[str, Any]) -> int:
-    """The multiply-accumulates of a count that are those of matrix products and convolutions."""
-    return sum(macs for operator, macs in counted["macs"].items() if not operator.endswith("_norm"))

@@ -1,7 +1,8 @@
-"""What a benchmark compares: forms of the same model, on the same weights and images.
+"""The contestants of a benchmark: forms of the same model with the same weights and images.
 
-Ours are the block's equations as they are printed (``plain``), in fewer passes over memory (``fused``), and for
-inference alone (``folded``). timm and transformers have classes of the five PoolFormers.
+This package has three forms: the equations as printed (``plain``), computed in fewer passes over memory (``fused``),
+and with the norms folded into the weights for inference (``folded``). timm and transformers have classes for the
+PoolFormers.
 """
 
 from collections.abc import Callable
@@ -50,22 +51,19 @@ class Contestant(NamedTuple):
 
     form: str
     compiled: bool
-    model: nn.Module
-    """In the mode of the task; not compiled."""
-    forward: Callable[[], Tensor]
-    """The logits of the batch, (B, 1000)."""
-    call: Callable[[], Tensor]
-    """What is timed: gives the logits (inference) or the loss (training)."""
+    model: nn.Module  # not compiled, in the mode of the task
+    forward: Callable[[], Tensor]  # returns the logits of the batch, (B, 1000)
+    call: Callable[[], Tensor]  # the call that is timed: returns the logits in inference, the loss in training
 
     def __str__(self) -> str:
         return f"{self.form} ({'compiled' if self.compiled else 'eager'})"
 
 
 def chosen_forms(model: str, given: list[str] | None, tasks: list[str]) -> list[str]:
-    """The forms to compare, each once: those given, or all for a PoolFormer, plain and fused for another model.
+    """The forms to compare: those given, or by default all for a PoolFormer, and plain and fused for other models.
 
     Raises:
-        InputError: no such model, a form that the model does not have, or only one that cannot do a task.
+        InputError: the model does not exist, does not have a form, or no form can do a task.
     """
     variant_arguments(model)
     others = model in metaformer.POOLFORMERS
@@ -73,12 +71,12 @@ def chosen_forms(model: str, given: list[str] | None, tasks: list[str]) -> list[
     if not others and (without := [form for form in forms if form in OTHERS]):
         raise InputError(f"{' and '.join(without)} has no {model}: use the forms {', '.join(OURS)}")
     if forms == ["folded"] and "training" in tasks:
-        raise InputError("the form folded is for inference alone: use --tasks inference, or another form")
+        raise InputError("the form folded is for inference only: use --tasks inference, or another form")
     return forms
 
 
 def contestants(forms: list[str], modes: list[bool], task: str, settings: Settings) -> list[Contestant]:
-    """Every form that does the task, eager and (``True`` in ``modes``) compiled, on the same weights and images."""
+    """Every form that can do the task, in each mode (``True``: compiled), on the same weights and images."""
     torch.manual_seed(SEED)
     weights = ours(settings, fused=False).state_dict()
     images = torch.randn(settings.batch, 3, *settings.size)
@@ -93,16 +91,16 @@ def contestants(forms: list[str], modes: list[bool], task: str, settings: Settin
 
 
 def build(form: str, settings: Settings, weights: StateDict) -> nn.Module:
-    """A form of the model with ``weights``, on the device and in the memory format.
-
-    Raises:
-        InputError: ``folded`` of a model that has nothing to fold.
-    """
+    """A form of the model with ``weights``; raises ``InputError`` if ``folded`` has nothing to fold."""
     if form == "timm":
         model = getattr(timm.models.metaformer, settings.model)()
         model.load_state_dict(metaformer.convert(weights, "timm"))
     elif form == "transformers":
-        model = of_transformers(settings.model)
+        from transformers import PoolFormerConfig, PoolFormerForImageClassification  # the import takes seconds
+
+        arguments = variant_arguments(settings.model)
+        config = PoolFormerConfig(depths=arguments["depths"], hidden_sizes=arguments["dims"], num_labels=1000)
+        model = PoolFormerForImageClassification(config)
         model.load_state_dict(metaformer.convert(weights, "hf"))
     else:
         model = ours(settings, fused=form != "plain")
@@ -113,14 +111,6 @@ def build(form: str, settings: Settings, weights: StateDict) -> nn.Module:
 
 def ours(settings: Settings, fused: bool) -> MetaFormer:
     return timm.create_model(settings.model, img_size=settings.size, fused=fused)
-
-
-def of_transformers(name: str) -> nn.Module:
-    from transformers import PoolFormerConfig, PoolFormerForImageClassification  # takes seconds
-
-    arguments = variant_arguments(name)
-    config = PoolFormerConfig(depths=arguments["depths"], hidden_sizes=arguments["dims"], num_labels=1000)
-    return PoolFormerForImageClassification(config)
 
 
 def contestant(
