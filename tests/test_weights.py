@@ -260,7 +260,7 @@ def history():
 
 def test_mmengine_s_history_is_read_without_mmengine(tmp_path, monkeypatch):
     torch.save({"history": history(), "state_dict": {"a": torch.ones(2)}}, tmp_path / "mmengine.pth")
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "mmengine.logging")
     read = read_checkpoint(tmp_path / "mmengine.pth")
     assert read["history"]._log_history.tolist() == [1.0, 2.0]
     assert torch.equal(read["state_dict"]["a"], torch.ones(2))

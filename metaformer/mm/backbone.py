@@ -147,9 +147,7 @@ def parts(names: set[str]) -> str:
 
 def weights_for(model: nn.Module, checkpoint: dict) -> StateDict:
     """The weights in a checkpoint of a detector or segmentor, also an official one, under the names of ``model``."""
-    weights = {
-        name.removeprefix("module."): tensor for name, tensor in checkpoint.get("state_dict", checkpoint).items()
-    }
+    weights = dict(weights_of(checkpoint, ema=False))
     for name, module in model.named_modules():
         if isinstance(module, MetaFormerBackbone):
             rename_official(module, weights, f"{name}.")

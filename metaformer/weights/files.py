@@ -3,9 +3,8 @@
 import argparse
 import os
 import pickle
+import sys
 import zipfile
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,7 +18,7 @@ from metaformer.errors import InputError
 
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 IN_FOLDERS = ("best.pt", "model_best.pth.tar", *HF_FILES)
-"""The checkpoint of a folder: of a run here, of a run of timm's train.py, of a Hugging Face model."""
+"""Names of the checkpoint in a folder: of a run, of a run of timm's train.py, and of a Hugging Face model."""
 
 make_array, make_scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
 PLAIN_DATA = [
@@ -31,16 +30,17 @@ PLAIN_DATA = [
     *((make_array, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
     *((make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
-"""What a checkpoint may hold besides what ``torch.load(weights_only=True)`` allows, by name."""
+"""Classes and functions that a checkpoint may contain besides those that ``torch.load(weights_only=True)`` allows."""
 
 
 class History:
-    """Takes the place of mmengine's ``HistoryBuffer`` where mmengine is not installed."""
+    """Stands in for mmengine's ``HistoryBuffer`` while mmengine is not imported."""
 
 
 def history_of_mmengine() -> list[tuple[Any, str]]:
-    """What mmengine pickles: its history of the losses, and ``getattr``, which finds the methods of that class only."""
-    kind = import_module("mmengine.logging").HistoryBuffer if find_spec("mmengine") else History
+    """What mmengine pickles: its history of losses, and ``getattr``, here limited to the methods of that class."""
+    mmengine = sys.modules.get("mmengine.logging")
+    kind = mmengine.HistoryBuffer if mmengine else History
 
     def method(owner: type, name: str) -> Any:
         if owner is not kind or name.startswith("_"):
@@ -68,14 +68,13 @@ def locate(source: str | Path) -> Path:
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Nothing in the file is executed (``weights_only``).
+    """Read a checkpoint onto the CPU without executing anything in the file (``weights_only``).
 
     Args:
         source: a file of ``torch.save``, a ``.safetensors`` file, or a folder as for :func:`locate`.
 
     Raises:
-        InputError: there is no such file, it is damaged or no checkpoint at all, or it holds more than tensors and
-            plain data.
+        InputError: the file is missing, damaged, not a checkpoint, or contains more than tensors and plain data.
     """
     path = locate(source)
     try:
@@ -83,12 +82,10 @@ def read_checkpoint(source: str | Path) -> dict:
             return load_file(path)
         if not intact(path):
             raise damaged(path)
-        try:
-            checkpoint = load(path, PLAIN_DATA)
-        except pickle.UnpicklingError as error:
-            if "mmengine" not in str(error):
-                raise
-            checkpoint = load(path, PLAIN_DATA + history_of_mmengine())
+        there = torch.serialization.get_safe_globals()  # safe_globals would take these away when it ends
+        allowed = [each for each in PLAIN_DATA + history_of_mmengine() if each not in there]
+        with torch.serialization.safe_globals(allowed):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # the file names a class or function that is not plain data
             raise InputError(
@@ -103,16 +100,10 @@ def read_checkpoint(source: str | Path) -> dict:
     return checkpoint
 
 
-def load(path: Path, allowed: list) -> Any:
-    there = torch.serialization.get_safe_globals()  # safe_globals would take these away when it ends
-    with torch.serialization.safe_globals([each for each in allowed if each not in there]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def intact(path: Path) -> bool:
-    """Whether the records in a file of ``torch.save`` have the checksums beside them, which ``torch.load`` ignores.
+    """Verify the checksums in a file of ``torch.save``, which ``torch.load`` ignores.
 
-    The format that PyTorch wrote before 1.6 and safetensors have no checksums.
+    The format of PyTorch before 1.6 has no checksums, and such files pass.
     """
     if not zipfile.is_zipfile(path):
         return True
@@ -128,7 +119,7 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
     """Download the file at ``url`` into PyTorch's cache (or ``folder``) unless it is there already.
 
     Raises:
-        InputError: it cannot be fetched, or is damaged or no checkpoint. Such a file is removed from the cache.
+        InputError: the file cannot be fetched, is damaged or is not a checkpoint. It is then removed from the cache.
     """
     path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / Path(urlparse(url).path).name
     if not path.is_file():
