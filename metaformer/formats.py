@@ -1,11 +1,11 @@
-"""State dicts under the names that other libraries give the same tensors, to ours and back.
+"""Rename the tensors of state dicts between this package and other libraries.
 
 =============  =====================================================================================
 ``official``   github.com/sail-sg/poolformer: ``patch_embed``, ``network.*``
 ``timm``       ``timm.models.metaformer``: ``stem.conv``, ``head.norm``, ``head.fc``
 ``hf``         transformers' ``PoolFormerForImageClassification``: ``poolformer.encoder.*``
 ``mmpretrain`` the official names under ``backbone``, ``head.fc``
-``toolbox``    a detector or segmentor trained with :mod:`metaformer.mm`; its backbone can only be read
+``toolbox``    detectors and segmentors of :mod:`metaformer.mm`; the backbone can be read but not written
 ``ours``       this package's
 =============  =====================================================================================
 """
@@ -46,11 +46,7 @@ MMPRETRAIN: Rows = [  # the first name is the official one
 
 
 def renamed(state_dict: StateDict, rename: Callable[[str], str]) -> StateDict:
-    """The tensors under other names.
-
-    Raises:
-        InputError: two tensors would have the same name.
-    """
+    """Rename all tensors; raises ``InputError`` if two would have the same name."""
     result: StateDict = {}
     for name, tensor in state_dict.items():
         new = rename(str(name))
@@ -61,7 +57,7 @@ def renamed(state_dict: StateDict, rename: Callable[[str], str]) -> StateDict:
 
 
 def by(rows: Rows, back: bool = False) -> Callable[[StateDict], StateDict]:
-    """Renames by the first row that fits, from ours to the other library's, or ``back``."""
+    """A function that renames by the first matching row, from our names to the other library's, or ``back``."""
     rules = []
     for ours, theirs in rows:
         given, wanted = (theirs, ours) if back else (ours, theirs)
@@ -75,7 +71,7 @@ def by(rows: Rows, back: bool = False) -> Callable[[StateDict], StateDict]:
 
 
 def to_official(state_dict: StateDict) -> StateDict:
-    """The official code numbers what follows the stem: downsampling, position embedding and blocks of each stage."""
+    """The official code numbers the downsampling, position embedding and blocks of all stages in one sequence."""
     parts = ("downsample", "position", "blocks")
     pattern = re.compile(rf"stages\.(\d{{1,3}})\.({'|'.join(parts)})\.(.*)", re.DOTALL)
     kinds = {(int(m[1]), m[2]) for name in state_dict if (m := pattern.match(str(name)))}
@@ -110,7 +106,7 @@ def from_official(state_dict: StateDict) -> StateDict:
 
 
 def from_toolbox(state_dict: StateDict) -> StateDict:
-    """The trunk alone: heads and norms of the levels are those of another task."""
+    """Stem and stages only; the heads and the norms of the levels belong to another task."""
     trunk = re.compile(r"backbone\.(?=stem\.|stages\.)")
     return {trunk.sub("", str(name), 1): tensor for name, tensor in state_dict.items() if trunk.match(str(name))}
 
@@ -138,25 +134,25 @@ MARKS = {
     "toolbox": r"backbone\.stem\.",
     "ours": r"stages\.0\.blocks\.0\.norm1|stem\.weight",
 }
-"""What the name of some tensor begins with in each format, and in no format before it."""
+"""How the name of some tensor starts in each format, and in no format listed before it."""
 
 
 def recognised(state_dict: StateDict) -> str | None:
-    """The format of a state dict, by its names; ``None`` for those of none of these libraries."""
+    """The format of a state dict according to its names; ``None`` if it is unknown."""
     return next((kind for kind, mark in MARKS.items() if any(re.match(mark, str(name)) for name in state_dict)), None)
 
 
 def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
-    """The same tensors under the names of another library; the format that they come in is recognised.
+    """Rename the tensors of a state dict, whose format is recognised, to those of another library.
 
-    timm's head takes the average before the norm, so that its logits differ from the paper's on the same weights.
+    timm's head averages before the norm, so its logits differ from the paper's for the same weights.
 
     Args:
         state_dict: names to tensors, in any of the formats.
         to: ``"official"``, ``"timm"``, ``"hf"``, ``"mmpretrain"`` or ``"ours"``.
 
     Raises:
-        InputError: an unknown format, on either side, or a backbone alone that is to be a whole model.
+        InputError: one of the formats is unknown, or a backbone without classifier would become a whole model.
     """
     if to not in TO:
         raise InputError(f"there is no format {to!r}{nearest(to, TO)}: there are {', '.join(TO)}")

@@ -1,4 +1,4 @@
-"""Cells of tables: values with their digits and unit. They become text only when a table is rendered."""
+"""Cells of tables: values with their digits and unit, which become text when a table is rendered."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Number(NamedTuple):
 
 
 def as_printed(figure: float, unit: str = "") -> Number:
-    """A figure of the paper with as many digits as the paper prints: 12 has none, 3.0 has one."""
+    """A figure of the paper with the printed number of digits: none for 12, one for 3.0."""
     return Number(Decimal(str(figure)), len(str(figure).partition(".")[2]), unit)
 
 
@@ -78,7 +78,7 @@ class Accuracy(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """The place of a value that must be measured; ``None`` until a record has it."""
+    """A value that must be measured; ``None`` without a record."""
 
     value: Number | Range | Mean | Accuracy | None
     absent: str = NOT_RUN
@@ -88,7 +88,7 @@ class Measurement(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """An accuracy as printed in the paper, and as measured here; both are ``None`` where the paper has none."""
+    """An accuracy as printed in the paper and as measured here; both ``None`` if the paper prints none."""
 
     paper: Number | None = None
     here: Measurement | None = None
@@ -100,8 +100,8 @@ class Pair(NamedTuple):
 class Verdict(NamedTuple):
     """The outcome of a comparison, with the reason.
 
-    A computed figure is equal, explained, unexplained or not built; a claim is true or false; a statement holds, fails,
-    is undecided or not run.
+    A computed figure is equal, explained, unexplained or not built. A claim is true or false. A statement holds, fails,
+    is undecided or is not run.
     """
 
     kind: str
@@ -124,7 +124,7 @@ class Table(NamedTuple):
     notes: list[str]
 
     def summary(self) -> str:
-        """One line: how many rows, how many verdicts of each kind, how many measurements are there and missing."""
+        """One line with the number of rows, of verdicts of each kind, and of present and missing measurements."""
         cells = [cell for row in self.rows for cell in row.values()]
         verdicts = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
         kinds = Counter(verdict.kind for verdict in verdicts if isinstance(verdict, Verdict))

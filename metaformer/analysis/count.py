@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates (MACs) of a model, by operator and by part."""
+"""Count the parameters and multiply-accumulates (MACs) of a model, by operator and by part."""
 
 import hashlib
 import json
@@ -31,29 +31,29 @@ with warnings.catch_warnings():
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "analysis/.cache"
 DEFAULT_SIZES = {"mmdet": (800, 1280), "mmseg": (512, 512)}
-"""Height and width at which detectors and segmentors are usually counted, as by the toolboxes' own get_flops.py."""
+"""Height and width at which detectors and segmentors are counted, as in get_flops.py of the toolboxes."""
 PROPOSALS, MASKS = 1000, 100
-"""Boxes and masks that the second stage of a detector is counted with, as by mmdet's get_flops.py."""
+"""Boxes and masks in the second stage of a counted detector, as in mmdet's get_flops.py."""
 
 
 def count(model: str, size: Size | None = None) -> dict[str, Any]:
-    """Count a model in evaluation mode, on one image.
+    """Count a model in evaluation mode on one image.
 
-    MACs are counted by fvcore, as in version 3 of the paper: one for each multiplication with its addition, 5 for each
-    element of a norm with weight and bias (2 of a batch norm). fvcore knows nothing of fused attention; it is counted
-    here as the two matrix products that it stands for.
+    fvcore counts the MACs, as in version 3 of the paper: one for each multiplication with its addition, and 5 for each
+    element of a norm with weight and bias (2 for a batch norm). fvcore does not know fused attention, which is counted
+    as its two matrix products.
 
     Args:
-        model: a name that timm knows, or the path of a config of mmdet or mmseg.
+        model: timm's name of a model, or the path of a config of mmdet or mmseg.
         size: height and width of the image in pixels; ``None`` for the model's own.
 
     Returns:
-        dict: ``size``; ``learnable`` and ``frozen`` parameters; ``layer_scale``, those of LayerScale among them;
-        ``macs`` by operator; ``parts``, parameters and MACs of each part of the model; ``uncounted``, how often
-        operators run that fvcore does not count. Shapes, copies, ReLU and dropout are free to it and not listed.
+        dict: ``size``; ``learnable`` and ``frozen`` parameters; ``layer_scale``, the number in LayerScale; ``macs`` by
+        operator; ``parts``, the parameters and MACs of each part; ``uncounted``, the number of calls of operators that
+        fvcore does not count. fvcore ignores shapes, copies, ReLU and dropout, and does not list them.
 
     Raises:
-        InputError: no such model or config, or a size that it does not take.
+        InputError: the model or config does not exist, or does not take this size.
     """
     network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
     analysis = FlopCountAnalysis(network.eval().to("meta"), torch.zeros(1, 3, *size, device="meta"))
@@ -82,7 +82,7 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
 
 
 def cached_count(model: str) -> dict[str, Any]:
-    """:func:`count` at the model's own size, kept until the model's definition or a library changes."""
+    """:func:`count` at the model's own size, cached until the model's definition or a library changes."""
     path = CACHE / f"{definition(model)}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -93,7 +93,7 @@ def cached_count(model: str) -> dict[str, Any]:
 
 
 def definition(model: str) -> str:
-    """A digest of what a count depends on: the source of the models and of this file, the config, the libraries."""
+    """A digest of all inputs of a count: the source of the models and of this file, the config, and the libraries."""
     files = [*ROOT.glob("metaformer/*.py"), *ROOT.glob("metaformer/mm/*.py")]
     files += [ROOT / "metaformer/analysis/count.py", ROOT / "metaformer/analysis/baselines.py"]
     if model.endswith(".py"):
@@ -116,7 +116,7 @@ def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
 
 
 def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
-    # Here, since classification does without the toolboxes.
+    # Imported here, because counting classifiers does not need the toolboxes.
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
@@ -142,7 +142,7 @@ def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
 
 
 def two_stages(detector: nn.Module, images: Tensor) -> Any:
-    """A two-stage detector with the same number of boxes whatever its first stage finds; RoIAlign left out."""
+    """The forward pass of a two-stage detector with a fixed number of boxes and without RoIAlign."""
     levels, heads = detector.extract_feat(images), detector.roi_head
     outputs = [detector.rpn_head(levels)]
     for number, kind in ((PROPOSALS, "bbox"), (MASKS, "mask")):
@@ -154,7 +154,7 @@ def two_stages(detector: nn.Module, images: Tensor) -> Any:
 
 
 def parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The parts of a network and their names, in order; backbones and lists of stages, layers or blocks opened."""
+    """Names and parts of a network in order; backbones and lists of stages, layers or blocks are split further."""
     for name, module in network.named_children():
         if any(True for _ in module.parameters()):
             opened = parts(module) if name in ("backbone", "stages", "layers", "blocks", "roi_head") else ()
@@ -163,7 +163,7 @@ def parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Queries times keys, and the weights times the values; inputs are (..., positions, channels) each."""
+    """MACs of queries times keys and of weights times values; the inputs are (..., positions, channels)."""
     *_, queries, channels = inputs[0].type().sizes()
     *heads, keys, _ = inputs[1].type().sizes()
     return 2 * math.prod(heads) * queries * keys * channels

@@ -19,7 +19,7 @@ from metaformer.variants import ROWS
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "metaformer"}
 """Settings of matplotlib for all figures; the salt makes the SVG files reproducible."""
 COLOURS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#E69F00")
-"""Okabe and Ito's, told apart with any colour vision; shapes and labels do so in grey."""
+"""Okabe and Ito's palette for all kinds of colour vision; shapes and labels distinguish the lines in grey."""
 STYLES = {
     "none": ("Convolutional network", "#000000", "s"),
     "attention": ("Attention", "#0072B2", "o"),
@@ -27,7 +27,7 @@ STYLES = {
     "pooling": ("Pooling (PoolFormer)", "#D55E00", "D"),
 }
 FAMILIES = {"PoolFormer-": "pooling", "DeiT-": "attention", "ResMLP-": "spatial MLP", "RSB-ResNet-": "none"}
-"""Figure 1b: the models of each line by the start of their names, and the style of the line."""
+"""Figure 1b: prefix of the models of each line, and the style of the line."""
 
 Row = dict[str, Any]
 
@@ -60,7 +60,7 @@ def fig3() -> Figure:
         for row in rows_of("table2"):
             kind, colour, marker = STYLES[row["mixer"]]
             point = (place(row, column), row["top1"])
-            # Hollow: as printed, since there is nothing to count.
+            # Hollow markers: as printed, because the model is not built.
             face = colour if "build" in row else "none"
             axes.plot(*point, marker, color=colour, markerfacecolor=face, markersize=5, label=kind)
             if row["mixer"] == "pooling":
@@ -169,7 +169,7 @@ def read_run(run: Path) -> tuple[pd.Series, pd.Series, str]:
         raise InputError(f"{run} is no run: it has neither metrics.csv nor */vis_data/scalars.json")
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     losses = {line["iter"]: line["loss"] for line in lines if "loss" in line}
-    iterations = {}  # by epoch: validation is logged under its number
+    iterations = {}  # by epoch, under which validation is logged
     for line in lines:
         if "loss" in line and "epoch" in line:
             iterations[line["epoch"]] = line["iter"]
@@ -181,7 +181,7 @@ def read_run(run: Path) -> tuple[pd.Series, pd.Series, str]:
 
 
 def place(row: Row, column: str) -> float:
-    """Where a model stands on the axis: as counted, or as printed where nothing builds it."""
+    """Position of a model on the axis: as counted, or as printed if it is not built."""
     return float(counted_value(row["build"], column)) if "build" in row else row[column]
 
 

@@ -23,13 +23,13 @@ PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolfor
 
 
 def target_layer(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
-    """The layer that the official script looks at, and what makes a map (B, C, H, W) of its output.
+    """The layer that the official script uses, and a function that turns its output into a map (B, C, H, W).
 
-    The last stage of a MetaFormer or ResNet, the last block of a ResMLP, the first norm of the last block of a DeiT
-    (misc/cam_image.py of sail-sg/poolformer). Others of their kind are treated alike.
+    The layer is the last stage of a MetaFormer or ResNet, the last block of a ResMLP, or the first norm of the last
+    block of a DeiT (misc/cam_image.py of sail-sg/poolformer).
 
     Raises:
-        InputError: a model of another kind.
+        InputError: the model is of another kind.
     """
     if isinstance(model, MetaFormer):
         return model.stages[-1], None
@@ -44,14 +44,14 @@ def target_layer(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tens
 
 
 def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:
-    """(B, prefix + side^2, C) to (B, C, side, side), without the tokens before (class, distillation)."""
+    """(B, prefix + side^2, C) to (B, C, side, side), without the ``prefix`` class and distillation tokens."""
     tokens = tokens[:, prefix:].transpose(1, 2)
     side = round(tokens.shape[2] ** 0.5)
     return tokens.unflatten(2, (side, side))
 
 
 def read_picture(path: Path, size: Size = (224, 224)) -> np.ndarray:
-    """RGB, resized to height and width without a crop, from 0 to 1; the official script takes 224 x 224."""
+    """Read a picture as RGB (H, W, 3) from 0 to 1, resized without a crop as in the official script."""
     try:
         with Image.open(path) as picture:
             pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
@@ -61,13 +61,13 @@ def read_picture(path: Path, size: Size = (224, 224)) -> np.ndarray:
 
 
 def maps(name: str, source: str | Path, paths: list[Path]) -> list[np.ndarray]:
-    """The maps of a checkpoint of the model ``name``, laid over pictures of the size that it was trained with."""
+    """The maps of a checkpoint of the model ``name``, drawn over pictures at the size of its training."""
     opened = open_checkpoint(source, name)
     return cam_of(name, opened.model, [read_picture(path, opened.size) for path in paths])
 
 
 def cam_of(name: str, model: nn.Module, pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """The pictures (H, W, 3) with the model's map laid over each."""
+    """The pictures (H, W, 3) with the model's map drawn over each."""
     own = resolve_data_config(model=model)
     mean, std = (torch.tensor(own[key]).view(3, 1, 1) for key in ("mean", "std"))
     layer, reshape = target_layer(name, model)
@@ -80,7 +80,7 @@ def cam_of(name: str, model: nn.Module, pictures: list[np.ndarray]) -> list[np.n
 
 
 def draw(pictures: list[np.ndarray], columns: dict[str, list[np.ndarray]]) -> Figure:
-    """A row for each picture: the picture, then what each column has of it."""
+    """A figure with a row for each picture, and a column for the pictures and for each entry of ``columns``."""
     shape = (len(pictures), 1 + len(columns))
     figure = Figure(figsize=(1.9 * shape[1], 1.9 * shape[0]), layout="tight")
     axes = figure.subplots(*shape, squeeze=False)

@@ -1,4 +1,4 @@
-"""The records of analysis/results/, checked against the rows that they are shown in."""
+"""Read the records of analysis/results/ and check them against the table rows in which they appear."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,9 +16,9 @@ Metric = Callable[[Evaluation], float | None]
 
 
 class Measured:
-    """What was measured: single records by their kind, oldest first, and studies by name.
+    """All records in ``folder``: single ones by kind, oldest first, and studies by name.
 
-    ``problems`` holds a sentence for each record that cannot be shown.
+    ``problems`` has a message for each record that cannot be used.
     """
 
     def __init__(self, folder: Path):
@@ -52,7 +52,7 @@ class Measured:
         return [record for record in self.records[kind] if record.model == key_of(build)]
 
     def accuracy(self, build: str | None, metric: Metric, epochs: int = 300) -> Measurement:
-        """What ``metric`` finds in the evaluations of a model that was trained for so long, by the weights' file."""
+        """``metric`` of the evaluations of a model that was trained for ``epochs``, by the weights' file."""
         by_file: dict[str, list[float]] = defaultdict(list)
         for kind in ("classification", "detection", "segmentation"):
             for record in self.of_model(kind, build) if build else []:
@@ -62,12 +62,12 @@ class Measured:
 
 
 def latest(records: list[Record]) -> list[Record]:
-    """The last record of each evaluated checkpoint and of each training run; all benchmarks and other records."""
+    """The last record of each evaluated checkpoint and of each training run, and all records of other kinds."""
 
     def identity(record: Record) -> tuple:
-        if isinstance(record, Training):  # imported again after it had gone on
+        if isinstance(record, Training):  # a run may be imported again after it continued
             return record.model, record.starts[0].date, record.seed
-        if isinstance(record, Evaluation):  # evaluated again, which makes no further run of it
+        if isinstance(record, Evaluation):  # a second evaluation is not a second run
             return record.model, record.checkpoint and (record.checkpoint.file, record.checkpoint.sha256)
         return (id(record),)
 
@@ -75,17 +75,13 @@ def latest(records: list[Record]) -> list[Record]:
 
 
 def epochs_of(record: Evaluation) -> int:
-    """Epochs that the weights were trained for; 300, the paper's, if the record does not tell."""
+    """Epochs that the weights were trained for; the paper's 300 if the record does not state them."""
     return record.training.epochs if isinstance(record, Classification) and record.training else 300
 
 
 def check_row(record: Evaluation | Training | Benchmark, path: Path) -> None:
-    """Refuse a record that is about another model, data set or input than the rows of the paper.
-
-    Raises:
-        InputError: names the file, the field, and what the table has there.
-    """
-    # The first table that has the model: all figures of Table 5's baseline are Table 2's.
+    """Raise an ``InputError`` if a record's model, data set or input differs from that of its row in the paper."""
+    # The first table that has the model; Table 5 repeats the baseline of Table 2.
     places = {key_of(row["build"]): (table, row) for table, row in reversed(list(built_rows()))}
     if record.model not in places:
         raise InputError(f"{path}: model {record.model!r} is in no table{nearest(record.model, places)}")
@@ -115,5 +111,5 @@ def top1(record: Classification) -> float:
 
 
 def metric(name: str, scale: float = 1) -> Metric:
-    """What an evaluation has under ``name``, times ``scale``; ``None`` if it has none (mmdet's -1: no such objects)."""
+    """A function from an evaluation to its metric ``name`` times ``scale``; ``None`` if missing or mmdet's -1."""
     return lambda record: scale * record.metrics[name] if record.metrics.get(name, -1) >= 0 else None

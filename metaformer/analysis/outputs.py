@@ -1,4 +1,4 @@
-"""Every file that is generated from data, and what is to be in it: tables, README sections, recipes of Table 5."""
+"""Generate all files that are made from data: tables, README sections, and the recipes of Table 5."""
 
 from pathlib import Path
 
@@ -19,18 +19,18 @@ TABLES = {
         *(claims, cost, speed, loader, proxy, conclusions, faults),
     )
 }
-"""Each makes a :class:`Table` of what was :class:`Measured`; its name is that of the files."""
+"""Functions from :class:`Measured` to :class:`Table`, by the name of the table and its files."""
 
 
 def builds_of(tables: list[str]) -> list[str]:
-    """The models that these tables count, each once."""
+    """The models whose parameters and MACs appear in these tables."""
     counted = {name: (name,) for name in BUILT} | {"claims": ("table2", "table5")}
     rows = [row for name in tables for table in counted.get(name, ()) for row in rows_of(table)]
     return list(dict.fromkeys(row["build"] for row in rows if "build" in row))
 
 
 def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) -> dict[Path, str]:
-    """Path and text of every file that the tables make."""
+    """Path and text of every generated file."""
     folder = ROOT / "analysis/tables"
     files = {folder / f"{name}.{form}": render(table, form) for name, table in tables.items() for form in formats}
     complete = tables.keys() == TABLES.keys()

@@ -1,4 +1,4 @@
-"""The paper as data (analysis/paper.yaml), and how counts compare with the figures that it prints."""
+"""Read the paper's figures (analysis/paper.yaml) and compare counts with them."""
 
 from collections.abc import Iterator
 from decimal import Decimal
@@ -39,7 +39,7 @@ def built_rows(tables: tuple[str, ...] = BUILT[1:]) -> Iterator[tuple[str, dict[
 
 
 def key_of(build: str) -> str:
-    """What a record calls the model: timm's name, or the name of a config without folder and ending."""
+    """The name of a model in records: timm's name, or the name of a config without folder and suffix."""
     return Path(build).stem if build.endswith(".py") else build
 
 
@@ -51,7 +51,7 @@ def counted_value(build: str, column: str) -> Decimal:
 
 
 def compare(row: Row, column: str) -> Counted:
-    """The printed figure beside the counted one. Nothing, if the row does not print one."""
+    """Compare a printed figure with the counted one; an empty cell if the row does not print one."""
     if column not in row:
         return Counted()
     printed = as_printed(row[column])
@@ -79,7 +79,7 @@ def explained(explanation: Row) -> Verdict:
 
 
 def explains(reason: str, build: str, column: str, value: Decimal, printed: Number) -> bool:
-    """Whether the arithmetic of an explanation (``as`` in paper.yaml) leads from the count to the printed figure."""
+    """Whether the arithmetic of an explanation (``as`` in paper.yaml) turns the count into the printed figure."""
     kind, _, argument = reason.partition(" ")
     if kind == "counted":
         return rounded(value, printed.digits) == Decimal(argument)

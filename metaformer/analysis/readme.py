@@ -17,10 +17,10 @@ AVERAGE_PRECISION = (("box AP", "AP"), ("mask AP", "mask_AP"))
 
 
 def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> dict[tuple[str, str], str]:
-    """(README file, name of the section) to its text, for the sections that the tables at hand fill.
+    """Texts of the README sections that depend on the given tables, by (README file, name of the section).
 
     Args:
-        complete: whether all tables are at hand, from which the summaries are made.
+        complete: whether ``tables`` are all tables, which the summaries need.
     """
     makers = {
         "table2": ("README.md", "imagenet", imagenet),
@@ -40,7 +40,7 @@ def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> di
 
 
 def status(tables: dict[str, Table], measured: Measured) -> str:
-    """What is reproduced and what is not, in five lines."""
+    """What is reproduced and what is not, in five list items."""
     counts, recipe = (verdicts(tables[name] for name in names) for names in (NUMBERED[:5], NUMBERED[5:6]))
     pairs = [cell for name in NUMBERED for row in tables[name].rows for cell in row.values() if isinstance(cell, Pair)]
     accuracies = [pair.here.value for pair in pairs if pair.paper]
@@ -134,7 +134,7 @@ def counted(row: Row, column: str, digits: int) -> Number:
 
 
 def speed(measured: Measured) -> str:
-    """The range over all measured batches, sizes, precisions and layouts of the speed over that of timm's class."""
+    """Ranges of the speed relative to timm's class over all measured batches, sizes, precisions and layouts."""
     rows = [row for record in measured.records["benchmark"] for row in beside_timm(record)]
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
@@ -152,7 +152,7 @@ def speed(measured: Measured) -> str:
 
 
 def conclusions(measured: Measured) -> str:
-    """How many statements hold in each study, and what the study took."""
+    """The cost of each study, and how many statements hold in it."""
     lines = []
     for name, results in measured.studies.items():
         kinds = Counter(each.verdict.kind for each in judged(measured) if each.study == name)

@@ -1,4 +1,4 @@
-"""Tables as Markdown, CSV and LaTeX: the one place where cells become text."""
+"""Render tables as Markdown, CSV and LaTeX."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε
 
 
 def render(table: Table, form: str) -> str:
-    """The text of a table. Reasons of verdicts become numbered notes; in CSV they stand in the cell."""
+    """The text of a table. The reasons of verdicts become numbered notes; in CSV they stay in the cell."""
     if form == "csv":
         return frame(table.rows, with_reason, separate=True).to_csv(index=False)
     reasons: dict[str, int] = {}
@@ -40,7 +40,7 @@ def with_reason(verdict: Verdict) -> str:
 
 
 def frame(rows: list[Row], of_verdict: Callable[[Verdict], str], separate: bool = False) -> pd.DataFrame:
-    """The texts of rows; ``separate`` gives both halves of a pair a column of their own."""
+    """The texts of rows; with ``separate``, both halves of a pair get a column each."""
 
     def text(cell: Any) -> str:
         return NOTHING if cell is None else of_verdict(cell) if isinstance(cell, Verdict) else str(cell)
@@ -50,7 +50,7 @@ def frame(rows: list[Row], of_verdict: Callable[[Verdict], str], separate: bool 
 
 
 def parts(heading: str, cell: Any, separate: bool) -> Iterator[tuple[str, Any]]:
-    """The columns that a cell takes."""
+    """Headings and values of the columns that a cell fills."""
     if isinstance(cell, Counted) or (isinstance(cell, Pair) and separate):
         yield from ((f"{heading} ({part})", value) for part, value in cell._asdict().items())
     else:
@@ -62,15 +62,15 @@ def to_markdown(texts: pd.DataFrame) -> str:
 
 
 def markdown(rows: list[Row], absent: str = "Not measured yet.") -> str:
-    """Rows alone, as for a README; ``absent`` if there are none."""
+    """Rows without title and notes, for a README; ``absent`` if there are none."""
     return to_markdown(frame(rows, with_reason)) if rows else absent
 
 
 def with_section(text: str, name: str, content: str, path: Any) -> str:
-    """``text`` with ``content`` between the marks of section ``name``.
+    """Put ``content`` between the markers of section ``name`` in ``text``, the text of the file ``path``.
 
     Raises:
-        InputError: the file at ``path``, whose text this is, does not have these marks exactly once.
+        InputError: the text does not have these markers exactly once.
     """
     begin, end = f"<!-- begin {name}: written by analysis/make_tables.py -->\n", f"<!-- end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:

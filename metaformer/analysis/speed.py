@@ -1,4 +1,4 @@
-"""What benchmarks, training runs and the loader measured as tables: speed, memory and the cost of the paper's runs."""
+"""Tables of measured speed and memory, of the loader, and of the cost of the paper's runs."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -42,12 +42,10 @@ class Timing(NamedTuple):
         return spread([theirs / ours for theirs, ours in zip(timm.seconds, self.contestant.seconds, strict=True)], 2)
 
     def place(self) -> Row:
-        """What was run."""
         record = self.record
         return {"model": record.model, "device": record.device, "batch, size and precision": title(record)}
 
     def figures(self) -> Row:
-        """How fast it was."""
         full, own_size = paper()["table2"]["data"], self.record.settings.size == (224, 224)
         hours = full["train_images"] * full["epochs"] / median(self.images_per_s) / 3600
         floor, peak = self.timed.floor.seconds, self.contestant.peak_bytes
@@ -96,17 +94,17 @@ def speed(measured: Measured) -> Table:
             }
         ]
     notes = [
-        "Medians of all rounds, with the least and the most. Times timm: the speed over that of timm's class, eager or "
-        "compiled, in the same round.",
-        "A training step is forward, loss and backward, without the optimiser. What is saved is kept from forward to "
-        "backward; analysis/benchmark.py says what the floor is.",
-        "Device-hours are those of 300 epochs of ImageNet-1K, the paper's training, of nothing but such steps.",
+        "Values are medians over all rounds (minimum to maximum). 'times timm' is the speed divided by that of timm's "
+        "class, eager or compiled, in the same round.",
+        "A training step is forward, loss and backward, without the optimizer. 'saved' is the memory that autograd "
+        "keeps from forward to backward. metaformer/analysis/benchmark.py defines the floor.",
+        "'device-hours' is the time that 300 epochs of ImageNet-1K, the paper's training, would take with such steps.",
     ]
     return Table("speed", "Speed and memory of the forms of a model, in benchmarks on one device", rows, notes)
 
 
 def beside_timm(record: Benchmark) -> Iterator[Row]:
-    """A row for each task and mode of a benchmark that has timm's class and our fastest form for the task."""
+    """A row for each task and mode in which a benchmark has both timm's class and our fastest form."""
     for timed in record.tasks:
         for compiled in (False, True):
             found = [find(timed, form, compiled) for form in ("timm", BEST[timed.task])]
@@ -155,8 +153,9 @@ def cost(measured: Measured) -> Table:
         done = set().union(*hours.values())
         totals.append(f"All of {table}: {'; '.join(whole) or f'{len(done)} of its {len(names)} rows are measured'}.")
     notes = [
-        "A full run is the paper's: 300 epochs of ImageNet-1K, 12 of COCO, 40,000 iterations of 32 pictures on ADE20K.",
-        "Speeds are those of training runs in analysis/results/; validation is not included.",
+        "A full run is the paper's: 300 epochs of ImageNet-1K, 12 epochs of COCO, or 40,000 iterations of 32 pictures "
+        "of ADE20K.",
+        "Speeds come from the training runs in analysis/results/ and do not include validation.",
         *totals,
     ]
     return Table("cost", "Cost of the paper's runs, from measured training speeds", rows, notes)

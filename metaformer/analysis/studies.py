@@ -1,4 +1,4 @@
-"""Studies on small tasks and campaigns of faults as tables."""
+"""Tables of studies on small tasks and of fault campaigns."""
 
 from collections.abc import Iterator
 from decimal import Decimal
@@ -19,10 +19,10 @@ def proxy(measured: Measured) -> Table:
         rows += [study_row(name, row, results) for row in ROWS if row in {*results.study.rows, *results.top1}]
         notes += study_notes(name, results)
     notes.append(
-        "Top-1 of the last epoch: means with 95 % intervals over the seeds, and differences from the baseline with "
-        "theirs (Welch; paired by seed from three seeds on). The variance of a row is not taken below that of a count "
-        "of right images among the validation images (binomial), so that seeds that happen to agree do not read as "
-        "certain. A run that diverged counts as guessing. metaformer/records/statistics.py has the formulas."
+        "Top-1 is that of the last epoch: means over the seeds and differences from the baseline, each with its 95 % "
+        "interval (Welch; paired by seed from three seeds on). The variance of a row is at least the binomial variance of "
+        "an accuracy on the validation images, because few seeds can agree by chance. A run that diverged counts with the top-1 of guessing. "
+        "metaformer/records/statistics.py has the formulas."
     )
     return Table("proxy", "The ablation at a small scale", rows, notes)
 
@@ -107,11 +107,13 @@ def conclusions(measured: Measured) -> Table:
     headings = ("study", "of", "statement", "verdict", "after Holm", "paired by seed", "tested")
     rows = [dict(zip(headings, row, strict=True)) for row in judged(measured)]
     notes = [
-        "Statements and tests are in analysis/statements.yaml, fixed before the studies were run: each sum must be "
-        "above 0. One fails where the 95 % interval of a sum is below 0, and is undecided where one has 0 in it.",
+        "analysis/statements.yaml has the statements and their tests, which were fixed before the studies were run. A "
+        "statement holds if the 95 % interval of each sum is above 0, fails if that of one sum is below 0, and is "
+        "undecided otherwise.",
         "The verdict treats each statement alone. 'after Holm' corrects it for the number of statements that were run "
         "in the study. 'paired by seed' compares runs of the same seed, of at least three seeds.",
-        "A verdict is about the study's task and scale; it does not show the paper wrong or right on ImageNet.",
+        "A verdict applies to the task and scale of the study. It does not show that the paper is right or wrong on "
+        "ImageNet.",
     ]
     return Table("conclusions", "The conclusions of section 4.4 at a small scale", rows, notes)
 
@@ -131,15 +133,15 @@ def faults(measured: Measured) -> Table:
         record = measured.records["faults"][-1]
         notes = [f"{record.date[:10]}, {record.hardware.processor}: `{record.command}`."]
     notes = [
-        "A run that was killed or failed has survived if it then continues and ends as one that was left alone, with "
-        "the same weights, optimizer, curve and events to the last bit, in float32 on a CPU.",
-        "What was corrupted has survived if it is refused in one sentence or read as before, and nothing in it is "
-        "executed. Where a format has no checksums (configs, records, the numbers in safetensors), what is wrong but "
-        "well-formed cannot be told; tests/faults.py says what is tried.",
+        "A killed or failed run has survived if it then continues and ends with the same weights, optimizer state, "
+        "curve and events as an undisturbed run, bit for bit, in float32 on a CPU.",
+        "A corrupted file has survived if it is refused with a one-line error or read correctly, and if nothing in it "
+        "is executed. Formats without checksums (configs, records, the numbers in safetensors) cannot reveal a wrong "
+        "value that is well-formed. tests/faults.py defines the faults.",
         *notes,
     ]
     nothing = [{"fault": None, "tried": NOT_MEASURED, "survived": None, "lost": None}]
-    return Table("faults", "Faults tried on training runs and on what they read", rows or nothing, notes)
+    return Table("faults", "Faults injected into training runs and their files", rows or nothing, notes)
 
 
 def fault_rows(measured: Measured) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 7 and the claims of its text, beside what is counted and what was measured here."""
+"""The paper's Tables 1 to 7 and the claims of its text, compared with counts and measurements."""
 
 from decimal import Decimal
 from typing import Any
@@ -22,7 +22,7 @@ DETECTION = {
     "mask_AP50": "coco/segm_mAP_50",
     "mask_AP75": "coco/segm_mAP_75",
 }
-"""Columns of Table 3 and what mmdet calls them (as fractions)."""
+"""Columns of Table 3 and mmdet's names of these metrics, which are fractions."""
 
 
 def table_of(name: str, rows: list[Row], *notes: str) -> Table:
@@ -41,7 +41,7 @@ def macs(row: Row) -> Number:
 
 
 def in_others(row: Row, *keys: str) -> Number | None:
-    """An accuracy of the released weights as evaluated by others."""
+    """An accuracy of the released weights that another project reports."""
     for key in keys:
         row = row.get(key, {})
     return Number(row, 2) if row else None
@@ -211,7 +211,7 @@ def claims(measured: Measured) -> Table:
                 verdict = Verdict("true" if rounded(value, printed.digits) == printed.value else "false")
             cells |= {f"{name} figures": shown, f"{name} figures agree": verdict}
         rows.append({**cells, "note": row.get("note", "")})
-    note = "Counted figures are taken in thousandths of a million parameters and of a billion MACs."
+    note = "Counted figures are rounded to thousandths of a million parameters and of a billion MACs."
     return table_of("claims", rows, note)
 
 

@@ -1,6 +1,7 @@
-"""Result records: what runs, benchmarks, studies, campaigns of faults and the toolboxes measured, checked on reading.
+"""Result records of runs, benchmarks, studies, fault campaigns and the toolboxes.
 
-``schema`` has the fields, ``importing`` takes records into analysis/results/, ``statistics`` compares runs of studies.
+``schema`` defines and checks the fields, ``importing`` copies records to analysis/results/, and ``statistics`` compares
+the runs of studies.
 """
 
 from metaformer.records.importing import import_records, without_machine_paths

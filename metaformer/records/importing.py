@@ -1,4 +1,4 @@
-"""Takes the records of runs into analysis/results/, where the tables find them."""
+"""Copies the records of runs to analysis/results/, from which the tables are made."""
 
 import hashlib
 import json
@@ -12,11 +12,10 @@ from metaformer.records.schema import Training, load, parse
 
 RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
 NAMES = ("run.json", "validation.json", "result.json", "training.json")
-"""Names that runs give their records."""
 
 
 def sources(path: Path) -> list[Path]:
-    """The record files that a file or folder means."""
+    """The record files at ``path``: the file itself, or those in a run folder, study folder or work dir."""
     if path.is_file():
         return [path]
     found = [file for name in NAMES for file in sorted(path.glob(name)) + sorted(path.glob(f"*/{name}"))]
@@ -39,7 +38,7 @@ def without_machine_paths(value: Any) -> Any:
 
 
 def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
-    """Check the records that ``paths`` mean and copy them to ``results``; all of them, or none."""
+    """Check all records at ``paths``, then copy all of them to ``results``; returns the copies."""
     checked = {}
     for path in (file for given in paths for file in sources(given)):
         record = load(path)
@@ -49,10 +48,10 @@ def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
         except RecursionError as error:
             raise InputError(f"{path} is not a result record: it is nested too deeply") from error
         if isinstance(parsed, Training) and parsed.settings.study:
-            # By what it is, so that a run cannot be counted twice.
+            # Named after row and seed, so that a run cannot be counted twice.
             checked[results / parsed.settings.study / f"{parsed.settings.row}-{parsed.seed}.json"] = record
             continue
-        # The digest tells apart what was started in the same second.
+        # The digest distinguishes records of the same second.
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
         time = re.sub("[^0-9T]", "", parsed.date[:19])
         name = re.sub(r"[^\w.-]", "-", f"{parsed.kind}-{parsed.model}-{time}-{digest}.json")

@@ -1,4 +1,4 @@
-"""The fields of result records, and what must hold between them."""
+"""Fields and consistency rules of result records."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
-    """Fields that are not named here are kept as they are."""
+    """Base class of all parts of a record. Fields that a class does not name are kept."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -71,7 +71,7 @@ class Weights(Part):
 
 
 def check_percent(name: str, percent: float, images: int) -> None:
-    """An accuracy is a whole number of images. A fraction that was written in place of a percentage rarely is."""
+    """Refuse an accuracy that is no whole number of images, as fractions written instead of percentages are."""
     right = percent / 100 * images
     if abs(right - round(right)) > 0.001:
         raise ValueError(f"{name} is {percent}, which is no percentage of {images} images")
@@ -172,7 +172,7 @@ class Training(Part):
     epochs: Epochs | None = None
     curve: list[Epoch] = []
     skipped: dict[str, Count] = {}
-    """Pictures left out of each split because they could not be read."""
+    """Number of unreadable pictures left out of each split."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Training":
@@ -220,14 +220,14 @@ class BenchmarkSettings(Part):
 
 
 class Rates(Part):
-    """Of the machine's largest matrix products and copies."""
+    """Rates of large matrix products and copies on the machine."""
 
     macs_per_s: Amount
     bytes_per_s: Amount
 
 
 class Floor(Part):
-    """Of a batch."""
+    """Work of a batch and the least time that it takes."""
 
     macs: Positive
     bytes: Positive
@@ -238,7 +238,7 @@ class Contestant(Part):
     form: str
     compiled: bool
     seconds: Annotated[list[Amount], Field(min_length=1)]
-    """Of a call on the batch, in each round."""
+    """Duration of a call on the batch in each round."""
     saved_bytes_per_image: Amount | None
     peak_bytes: Positive | None
 
@@ -309,7 +309,7 @@ class Fault(Part):
     survived: Count
     lost: Count
     seeds: list[int]
-    """Of those lost."""
+    """Seeds of the lost ones."""
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Fault":
@@ -331,10 +331,10 @@ SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
 def read_record(path: Path) -> Record:
-    """The record in a file.
+    """Read and check a record.
 
     Raises:
-        InputError: no such file, not JSON, or a field that is missing or wrong; names the file and the field.
+        InputError: the file is missing or not JSON, or a field is missing or wrong. The message names file and field.
     """
     return parse(load(path), path)
 
@@ -353,6 +353,6 @@ def parse(record: Any, path: Path) -> Record:
         return SCHEMA.validate_python(record)
     except ValidationError as error:
         first = error.errors()[0]
-        # The first part of a place is the kind, which the union adds.
+        # The first part of a location is the kind, which the discriminated union adds.
         place = ".".join(str(part) for part in first["loc"][1:]) or "kind"
         raise InputError(f"{path} is not a result record: {place}: {first['msg']}") from error

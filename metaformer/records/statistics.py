@@ -1,16 +1,15 @@
-"""Statistics of small studies (classification/ablate.py): means over seeds, differences, and statements about them.
+"""Statistics of small studies (classification/ablate.py): means over seeds, differences, and tests of statements.
 
-The figure of a run is the top-1 of its last epoch. This is fixed in advance, because the best epoch would be chosen on
-the pictures that it is measured on. A run that diverged counts with the top-1 of guessing.
+The result of a run is the top-1 of its last epoch, since the best epoch would be selected on the validation images. A
+run that diverged has the top-1 of guessing.
 
-Intervals are of 95 %, by Student's t with the variances of the rows kept apart (Welch): for a weighted sum of means
-m = sum of w_i m_i, of rows with n_i runs of variance v_i, the variance is V = sum of (a_i = w_i^2 v_i / n_i), with
-V^2 / sum of (a_i^2 / (n_i - 1)) degrees of freedom. Few seeds can agree by chance, and runs that guess agree exactly.
-So v_i is the sample variance, but not less than the binomial variance p (1 - p) / N of an accuracy p on N validation
-images (with at least one image right and one wrong).
+Intervals are 95 % intervals of Student's t with unequal variances (Welch). The weighted sum of means m = sum of w_i
+m_i, over rows with n_i runs of variance v_i, has the variance V = sum of (a_i = w_i^2 v_i / n_i) and V^2 / sum of
+(a_i^2 / (n_i - 1)) degrees of freedom. v_i is the larger of the sample variance and the binomial variance p (1 - p) / N
+of an accuracy p on N validation images (at least one right and one wrong), because few seeds can agree by chance.
 
 Runs with the same seed see the same pictures in the same order. Paired intervals use this: they are Student's t on the
-weighted sums of single seeds, of those that all rows have. Holm's procedure corrects for the number of statements.
+weighted sums of single seeds, for the seeds that all rows have. Holm's procedure corrects for the number of statements.
 """
 
 import math
@@ -31,7 +30,7 @@ from metaformer.variants import ROWS
 STATEMENTS = Path(__file__).resolve().parents[2] / "analysis/statements.yaml"
 CONFIDENCE = 0.95
 CONSTANTS = ("chance", "point")
-"""What a test may name beside rows."""
+"""Names that a test may use besides those of rows."""
 
 Weights = dict[str, float]
 
@@ -68,14 +67,10 @@ class Judgement(NamedTuple):
 
 
 class Results:
-    """The runs of a study by row and seed.
-
-    Args:
-        name: of the study.
-        records: its runs.
+    """The runs of the study ``name`` by row and seed.
 
     Raises:
-        InputError: no such study, a row it does not know, another recipe or other data, a run counted twice.
+        InputError: the study or a row does not exist, a record has another recipe or other data, or a run occurs twice.
     """
 
     def __init__(self, name: str, records: list[Training]):
@@ -125,7 +120,7 @@ class Results:
         return estimate and estimate.interval()
 
     def variance(self, values: list[float]) -> float:
-        """Of a row's runs, in squared percentage points: at least that of a count of validation images."""
+        """Variance of a row's runs in squared percentage points, at least the binomial variance."""
         images = self.study.data.val_images
         share = min(max(mean(values) / 100, 1 / images), 1 - 1 / images)
         return max(variance(values), 100**2 * share * (1 - share) / images)
@@ -146,17 +141,17 @@ class Results:
         return Judgement("undecided", 1.0, intervals)
 
     def rank_correlation(self, paper: dict[str, float]) -> tuple[int, Interval | None]:
-        """Spearman's between the paper's top-1 of the rows and the means here: number of rows, and the coefficient.
+        """Number of rows, and Spearman's correlation of the paper's top-1 with the means of this study.
 
-        The interval is Bonett and Wright's: Fisher's z with variance (1 + r^2 / 2) / (n - 3). ``None`` below four rows,
-        or if one side is the same for all of them.
+        The interval is that of Bonett and Wright: Fisher's z with variance (1 + r^2 / 2) / (n - 3). The correlation is
+        ``None`` for fewer than four rows, or if all values of one side are equal.
         """
         rows = [row for row in paper if row in self.top1]
         if len(rows) < 4:
             return len(rows), None
         here = [mean(self.top1[row].values()) for row in rows]
         if len({*here}) == 1 or len({paper[row] for row in rows}) == 1:
-            return len(rows), None  # ranks that are all tied have no correlation
+            return len(rows), None
         r = float(stats.spearmanr([paper[row] for row in rows], here).statistic)
         if abs(r) > 1 - 1e-9:
             return len(rows), Interval(r, r, r)

@@ -1,4 +1,4 @@
-"""Weights in and out: read a checkpoint safely, open it as a model, or load it into one, whole or not at all."""
+"""Read checkpoints safely, open them as models, and load them into models."""
 
 from metaformer.weights.files import HF_FILES, fetch, read_checkpoint
 from metaformer.weights.loading import differences, listed, load_state, load_weights, named_for, weights_of

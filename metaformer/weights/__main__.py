@@ -1,7 +1,7 @@
 """Convert a run or checkpoint into the format of another library.
 
-SOURCE is opened with the arguments it was trained with. What the target cannot represent is refused with the reason.
-Where a run kept a moving average of its weights, that is what is written.
+SOURCE is opened with the arguments it was trained with. A model that the target cannot represent is refused with the
+reason. If a run kept a moving average of its weights, the average is written.
 """
 
 import argparse

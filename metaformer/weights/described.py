@@ -1,4 +1,4 @@
-"""What a checkpoint says of its model, its input and its classes, in each format that says something."""
+"""Read the model, the input settings and the class names that a checkpoint states, in each format."""
 
 import json
 from argparse import Namespace
@@ -17,7 +17,8 @@ Settings = dict[str, Any]
 
 
 def described(path: Path, checkpoint: dict, kind: str | None) -> Settings:
-    """What the checkpoint at ``path`` says, with weights of the format ``kind``; nothing for bare weights."""
+    """The settings stated by the checkpoint at ``path``, whose weights have the format ``kind``; empty for bare
+    weights."""
     config, arguments, meta, name = (checkpoint.get(key) for key in ("config", "args", "meta", "arch"))
     if isinstance(config, dict):  # of a run here
         return {**config, "num_classes": checkpoint.get("num_classes"), "class_names": checkpoint.get("class_names")}
@@ -31,7 +32,7 @@ def described(path: Path, checkpoint: dict, kind: str | None) -> Settings:
 
 
 def of_timm_train(arguments: dict[str, Any], kind: str | None) -> Settings:
-    """The arguments of timm's train.py."""
+    """Settings from the arguments of timm's train.py."""
     names = ("model", "num_classes", "img_size", "crop_pct", "interpolation", "mean", "std", "drop", "drop_path")
     settings = {name: arguments.get(name) for name in names}
     model_args = {"in_chans": arguments.get("in_chans"), "global_pool": arguments.get("gp"), **in_timm(kind)}
@@ -41,12 +42,12 @@ def of_timm_train(arguments: dict[str, Any], kind: str | None) -> Settings:
 
 
 def in_timm(kind: str | None) -> Settings:
-    """What timm's own class of a PoolFormer, which gives the tensors timm's names, computes otherwise than ours."""
+    """The argument that makes our class compute what timm's class computes, if the tensors have timm's names."""
     return {"pool_before_norm": True} if kind == "timm" else {}
 
 
 def of_folder(folder: Path, kind: str | None) -> Settings:
-    """The config.json of a Hugging Face model: of timm, or of transformers' PoolFormer with its image processor."""
+    """Settings from a Hugging Face folder of timm, or of transformers' PoolFormer with its image processor."""
     config = read_json(folder / "config.json")
     if "architecture" in config:
         cfg = config.get("pretrained_cfg", config)
@@ -85,7 +86,7 @@ def of_folder(folder: Path, kind: str | None) -> Settings:
 
 
 def of_processor(folder: Path) -> Settings:
-    """The settings of transformers' image processor of PoolFormer; nothing where the folder has none."""
+    """Settings from the folder's image processor of transformers' PoolFormer, if it has one."""
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return {}
@@ -112,7 +113,7 @@ def side(size: int | dict[str, int]) -> int | None:
 
 
 def ordered(names: dict[str, str] | list[str] | None) -> list[str] | None:
-    """Class names in the order of the logits; ``None`` for none, and for the ones that transformers makes up."""
+    """Class names in the order of the logits; ``None`` without names or with the placeholders of transformers."""
     if isinstance(names, dict):
         names = [names[key] for key in sorted(names, key=int)]
     return None if not names or names == [f"LABEL_{i}" for i in range(len(names))] else list(names)

@@ -1,4 +1,4 @@
-"""Load a state dict into a model, all of it or nothing."""
+"""Load a state dict into a model, either completely or not at all."""
 
 from pathlib import Path
 
@@ -12,11 +12,8 @@ from metaformer.weights.files import read_checkpoint
 
 
 def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
-    """The weights in a checkpoint, bare or under ``state_dict`` or ``model``, under the names that they have there.
-
-    Args:
-        ema: take the moving average of the weights where the checkpoint has one.
-    """
+    """The weights in a checkpoint, bare or under ``state_dict`` or ``model``; their moving average if ``ema`` and
+    kept."""
     keys = ["state_dict_ema", "state_dict", "model"] if ema else ["state_dict", "model"]
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
     for prefix in ("module.", "timm_model."):  # of DistributedDataParallel, of transformers' TimmWrapper
@@ -32,20 +29,20 @@ def named_for(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 
 def load_weights(model: nn.Module, source: str | Path, *, ema: bool = True, replace_head: bool = False) -> str | None:
-    """Load a checkpoint into ``model``, all of it or nothing.
+    """Load a checkpoint into ``model``, either completely or not at all.
 
     Args:
-        source: a file or folder, as for :func:`read_checkpoint`; for a :class:`MetaFormer` in any format of
-            :mod:`metaformer.formats`, for other models in their own.
-        ema: take the moving average of the weights where the checkpoint has one.
-        replace_head: keep the model's own classifier where the checkpoint's has another number of classes, or none. A
-            detector's or segmentor's checkpoint has neither the classifier nor the norm before it.
+        source: a file or folder as for :func:`read_checkpoint`, in any format of :mod:`metaformer.formats` for a
+            :class:`MetaFormer` and in their own format for other models.
+        ema: load the moving average of the weights if the checkpoint has one.
+        replace_head: keep the classifier of the model if that of the checkpoint is missing or has another number of
+            classes. A detector's or segmentor's checkpoint has neither the classifier nor the norm before it.
 
     Returns:
         The format that was recognised; ``None`` for other models.
 
     Raises:
-        InputError: anything is missing, unexpected or of another shape.
+        InputError: a tensor is missing, unexpected or has another shape.
     """
     weights = weights_of(read_checkpoint(source), ema)
     load_state(model, weights, str(source), replace_head)
@@ -53,7 +50,7 @@ def load_weights(model: nn.Module, source: str | Path, *, ema: bool = True, repl
 
 
 def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_head: bool = False) -> None:
-    """Do as :func:`load_weights` for a state dict at hand, which errors call ``source``."""
+    """Do the same as :func:`load_weights` with a state dict; error messages name it ``source``."""
     head = tuple(f"{name}." for name in classifiers(model))
     if isinstance(model, MetaFormer) and recognised(state_dict) == "toolbox":
         head = ("norm.", *head)
@@ -81,7 +78,7 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
 
 
 def classifiers(model: nn.Module) -> list[str]:
-    """Names of the classifier's layers, several for a distilled DeiT; none for models that do not tell."""
+    """Names of the classifier's layers: several for a distilled DeiT, none for models without ``get_classifier``."""
     told = model.get_classifier() if hasattr(model, "get_classifier") else None
     layers = told if isinstance(told, tuple | list) else [told]
     return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]

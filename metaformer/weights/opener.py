@@ -1,4 +1,4 @@
-"""One way to open a checkpoint: the model as it was trained, with its input settings and the names of its classes."""
+"""Open a checkpoint as the model that was trained, with its input settings and class names."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,14 +46,14 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
     """Build the model of a checkpoint with the arguments it was trained with, and load its weights.
 
     Args:
-        source: the folder of a run or one of its files, a file or folder of any format in :mod:`metaformer.formats`, or
-            the name of a model whose released weights are fetched.
-        model: timm's name of the model, for a checkpoint that does not tell it.
-        settings: ``model_args``, ``img_size``, ``crop_pct``, ``interpolation``, ``mean`` and ``std``, in place of those
-            of the checkpoint.
+        source: folder or file of a run, file or folder in any format of :mod:`metaformer.formats`, or name of a model
+            whose released weights are fetched.
+        model: timm's name of the model, for checkpoints that do not state it.
+        settings: ``model_args``, ``img_size``, ``crop_pct``, ``interpolation``, ``mean`` and ``std`` replace those of
+            the checkpoint.
 
     Raises:
-        InputError: there is no such checkpoint, nothing tells its model, or it is of another model.
+        InputError: the checkpoint does not exist, its model is unknown, or it is of another model.
     """
     found = {name: value for name, value in settings.items() if value is not None}
     if not Path(source).exists() and (str(source) == model or timm.is_model(str(source))):
@@ -106,11 +106,7 @@ def build(name: str, weights: StateDict, found: Settings, path: Path) -> nn.Modu
 
 
 def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Call ``timm.create_model``.
-
-    Raises:
-        InputError: there is no such model, it does not take these arguments, or its weights cannot be fetched.
-    """
+    """Call ``timm.create_model``; an unknown model, wrong arguments and a failed download raise ``InputError``."""
     if not isinstance(name, str) or not timm.is_model(name):
         raise InputError(f"there is no model {name!r}{nearest(str(name), timm.list_models())}")
     try:  # timm leaves out arguments that are None: a model without drop path need not know the word
@@ -127,7 +123,7 @@ def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretra
 
 
 def arguments_of(name: str, settings: Settings) -> dict[str, Any]:
-    """The arguments of ``timm.create_model`` that a run's settings stand for."""
+    """The arguments of ``timm.create_model`` for the settings of a run."""
     arguments = {"drop_path_rate": settings.get("drop_path") or None, "drop_rate": settings.get("drop") or None}
     if architecture(name) in variants.VARIANTS:
         arguments["img_size"] = settings.get("img_size")  # for token mixers that fix the number of tokens
@@ -139,7 +135,7 @@ def architecture(name: str) -> str:
 
 
 def fixes_size(model: nn.Module) -> bool:
-    """Whether images can be of one size only. Other architectures than MetaFormer are assumed to fix it."""
+    """Whether the model takes images of one size only. This is assumed of all models but MetaFormers."""
     return not isinstance(model, MetaFormer) or any(
         isinstance(getattr(module, "map_size", None), tuple) for module in model.modules()
     )

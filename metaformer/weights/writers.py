@@ -1,4 +1,4 @@
-"""Write an opened checkpoint for another library: exactly what was trained, or not at all."""
+"""Write an opened checkpoint for another library, and refuse models that the library would compute differently."""
 
 import json
 from copy import deepcopy
@@ -27,20 +27,17 @@ MODELS = {
     "timm": list(POOLFORMERS),
     "mmpretrain": list(POOLFORMERS),
 }
-"""The models that there are in the libraries whose files hold weights alone."""
+"""Models that exist in the libraries whose files contain weights only."""
 TOLERANCE = 1e-4
-"""Largest relative difference of float32 outputs (Euclidean norms) that counts as rounding."""
+"""Largest relative difference of float32 outputs (Euclidean norms) that is attributed to rounding."""
 
 
 def write(opened: Opened, to: str, target: Path) -> list[str]:
-    """Write a MetaFormer for another library.
+    """Write a MetaFormer for another library; returns sentences on how much its results differ there.
 
     Args:
-        to: one of :data:`TARGETS`; ``"timm-hf"`` takes other models of timm as well.
+        to: one of :data:`TARGETS`; ``"timm-hf"`` also takes other models of timm.
         target: a file; for ``"hf"`` and ``"timm-hf"`` a folder.
-
-    Returns:
-        Sentences on how much the results in the other library differ.
 
     Raises:
         InputError: the format or its library cannot represent the model, or the target cannot be written.
@@ -165,7 +162,7 @@ def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
 
 @torch.inference_mode()
 def difference_by(processor: Any, opened: Opened) -> float:
-    """Relative difference of the logits of a picture when ``processor`` prepares it in place of timm's transforms."""
+    """Relative difference of the logits if ``processor`` prepares a picture instead of timm's transforms."""
     rough = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     picture = Image.fromarray(rough).resize((2 * opened.size[0],) * 2, Image.Resampling.BICUBIC)
     ours = create_transform(opened.size[0], **opened.inputs)(picture)[None]
@@ -175,12 +172,12 @@ def difference_by(processor: Any, opened: Opened) -> float:
 
 @torch.inference_mode()
 def check_same(opened: Opened, theirs: nn.Module, form: str, library: str, method: str = "forward") -> None:
-    """Refuse a model that computes something else in ``library``, whose class ``theirs`` names tensors as ``form``.
+    """Refuse a model that the class ``theirs`` of ``library``, which names tensors as ``form``, computes differently.
 
-    The comparison is with weights drawn large enough to matter, since LayerScale may hide most of a model.
+    All weights are replaced by large random ones, because a small LayerScale would hide most of a model.
 
     Raises:
-        InputError: other tensors, or another output of ``method`` (a method of both) on random images.
+        InputError: the tensors, or the outputs of ``method`` on random images, differ.
     """
     generator = torch.Generator().manual_seed(0)
     model = deepcopy(opened.model)
@@ -203,7 +200,7 @@ def check_same(opened: Opened, theirs: nn.Module, form: str, library: str, metho
 
 
 def random_images(opened: Opened) -> Tensor:
-    """(2, in_chans, H, W), so large that no map has one position only, in which an average would change nothing."""
+    """(2, in_chans, H, W), large enough that every map has several positions, so that averages matter."""
     smallest = 0 if fixes_size(opened.model) else 2 * opened.model.feature_info[-1]["reduction"]
     size = (max(side, smallest) for side in opened.size)
     return torch.randn(2, opened.model.in_chans, *size, generator=torch.Generator().manual_seed(0))
