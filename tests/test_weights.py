@@ -32,7 +32,7 @@ from metaformer.formats import TO, recognised
 from metaformer.prediction import predict
 from metaformer.training.config import Config
 from metaformer.training.model import released_weights
-from metaformer.weights import files, read_checkpoint
+from metaformer.weights import read_checkpoint
 from metaformer.weights.writers import write
 from oracles import SMALL, hf_twin, randomise, relative_error, save_run, timm_twin
 
