@@ -1,4 +1,4 @@
-"""The folder of a run and its checkpoints: last.pt, the previous.pt before it, and the weights of the best epoch."""
+"""The folder of a run with its checkpoints last.pt, previous.pt and best.pt."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ STATE = {"state_dict", "optimizer", "amp_scaler", "loss_sum", "epoch", "step", "
 
 @dataclass
 class Progress:
-    """Where a run stands, as plain data; with the weights and the optimizer it is the whole state of a run."""
+    """The progress of a run as plain data; the other state of a run is the weights and the optimizer."""
 
     epoch: int = 0
     step: int = 0
@@ -57,11 +57,10 @@ class Progress:
 
 
 def open_folder(config: Config, processes: Processes) -> Path:
-    """The run's folder, made or found by the main process.
+    """Create or find the run's folder in the main process; all processes return its path.
 
     Raises:
-        InputError: The folder holds a run that was not asked to continue, or one with other settings, or it cannot be
-            written.
+        InputError: the folder contains a run with other settings or a run without ``resume``, or cannot be written.
     """
     if not processes.is_main:
         return processes.from_main(None)
@@ -71,14 +70,14 @@ def open_folder(config: Config, processes: Processes) -> Path:
     folder = Path(config.output or f"runs/{config.model}-{data_name}-{stamp}")
     path, comment = folder / "config.yaml", f"# begun {stamp}"
     if path.is_file():
-        # torchrun starts processes again after a failure: they continue the run that the same launcher has begun.
+        # Processes that torchrun restarts after a failure continue the run that the same launcher began.
         begun_here = path.read_text(encoding="utf-8", errors="replace").startswith(comment + "\n")
         restarted = begun_here and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if not config.resume and not restarted:
             raise InputError(f"{folder} already holds a run: add --resume to continue it, or give another output=")
         check_same_settings(check(read_yaml(path), str(path)), config, folder)
         with writing(folder):
-            for partial in folder.glob("*.tmp"):  # of a process that was killed
+            for partial in folder.glob("*.tmp"):  # left by a killed process
                 partial.unlink()
     else:
         with writing(folder):
@@ -98,19 +97,19 @@ def check_same_settings(before: Config, now: Config, folder: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder, which only the main process reads and writes."""
+    """The checkpoints in a run's folder, read and written by the main process only."""
 
     def __init__(self, folder: Path, processes: Processes):
         self.folder, self.processes = folder, processes
         self.last, self.previous = folder / "last.pt", folder / "previous.pt"
 
     def load(self) -> dict[str, Any] | None:
-        """The state to continue from, if there is one, sent to processes that may not see this disk.
+        """The state to continue from, if there is one; the main process sends it to the others.
 
-        Where last.pt is damaged, previous.pt takes its place at once, so that the next save keeps the good one.
+        If last.pt is damaged, previous.pt replaces it at once, so that the next save keeps the good one.
 
         Raises:
-            InputError: There are checkpoints and all are damaged.
+            InputError: all checkpoints are damaged.
         """
         return self.processes.from_main(self._read() if self.processes.is_main else None)
 

@@ -1,4 +1,4 @@
-"""The processes of a run: one per device, started by torchrun (or a single one by hand), NCCL on GPUs, gloo on CPUs."""
+"""The processes of a run: one per device, started by torchrun, or a single one. They use NCCL on GPUs, gloo on CPUs."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from metaformer.errors import InputError
 from metaformer.provenance import cores
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""What a scheduler sends, Ctrl-C, and the warning that Slurm can send before the end of a job's time."""
+"""Signals of schedulers, of Ctrl-C, and of Slurm before the end of a job's time."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Processes:
     world: int = 1
     local_world: int = 1
     control: dist.ProcessGroup | None = None
-    """A gloo group for decisions, which must not wait for the GPU's queue."""
+    """A gloo group for decisions, so that they do not wait for the GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -62,7 +62,7 @@ class Processes:
         return values[0]
 
     def check_same(self, values: dict[str, Any]) -> None:
-        """Refuse processes that were started on several machines with different settings or data."""
+        """Raise an ``InputError`` if the processes were started with different settings or data."""
         first, *others = self.gather(values)
         for rank, other in enumerate(others, start=1):
             for key in first:
@@ -73,7 +73,7 @@ class Processes:
                     )
 
     def leave(self) -> None:
-        """Part from the others at the end of a run that went well."""
+        """Close the connections at the end of a successful run."""
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -83,7 +83,7 @@ class Processes:
 
 
 def join() -> Processes:
-    """Join the other processes as torchrun's environment tells; without it this is the only one."""
+    """Join the other processes named by torchrun's environment; without it there is a single process."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -104,17 +104,15 @@ def join() -> Processes:
 
 
 def compute_deterministically() -> None:
-    """The same numbers in every run, on a GPU too, where PyTorch fails if an operator cannot do it."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it before its first product
-    torch.backends.cudnn.benchmark = False  # it may choose another algorithm in each run
+    """Compute the same numbers in every run; on a GPU, PyTorch raises if an operator has no deterministic form."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # must be set before the first product
+    torch.backends.cudnn.benchmark = False  # a benchmark may choose another algorithm in each run
     torch.use_deterministic_algorithms(True)
 
 
 class StopSignal:
-    """A context that remembers the first stop signal, so that the run can save and exit.
-
-    After it, Ctrl-C interrupts at once. The earlier handlers return at the end of the context.
-    """
+    """A context that records the first stop signal, so that the run can save and exit; a second Ctrl-C interrupts
+    it."""
 
     def __init__(self) -> None:
         self.received = 0

@@ -1,4 +1,4 @@
-"""The model of a run, its input normalisation and its precision, from the settings."""
+"""Build the model, the input normalisation and the precision of a run from its settings."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,14 +22,14 @@ from metaformer.weights.opener import arguments_of, create
 
 
 def build_model(config: Config, num_classes: int, class_names: list[str] | None = None) -> nn.Module:
-    """The model of ``config`` with its released weights, those of ``config.checkpoint``, or fresh ones.
+    """Build the model of ``config`` with released weights, the weights of ``config.checkpoint``, or random ones.
 
     Args:
-        class_names: of the data, in the order of their labels. The classifier of ``config.checkpoint`` is put into this
-            order; with ``replace_head`` it gives way to a new one where its classes have other names.
+        class_names: class names of the data in the order of their labels. The classifier of ``config.checkpoint`` is
+            sorted into this order. With ``replace_head``, a new classifier replaces it if the names differ.
 
     Raises:
-        InputError: no such model, arguments that it does not take, or a checkpoint that does not fit.
+        InputError: the model does not exist or does not take the arguments, or the checkpoint does not fit.
     """
     model = create(config.model, num_classes, arguments_of(config.model, dict(config)), config.pretrained)
     if not config.checkpoint:
@@ -52,9 +52,9 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
 
 
 def class_order(trained: list[str] | None, data: list[str] | None, source: str) -> list[int] | None:
-    """The index among the classes of the checkpoint ``source`` of each class of a data set.
+    """For each class of the data, its index among the classes of the checkpoint ``source``.
 
-    ``None`` where one of the two does not name its classes, or both have the same order.
+    ``None`` if the orders are equal, or if one of the two has no class names.
 
     Raises:
         InputError: the names differ.
@@ -62,7 +62,7 @@ def class_order(trained: list[str] | None, data: list[str] | None, source: str) 
     if not trained or not data or trained == data:
         return None
     imagenet = ImageNetInfo()
-    # Folders have the names of ImageNet's synsets, many checkpoints descriptions, of which lists differ in a few.
+    # Folders are named after ImageNet's synsets, many checkpoints have descriptions, and such lists differ slightly.
     described = sum(map(str.__eq__, trained, imagenet.label_descriptions())) > 900 and len(trained) == 1000
     if described and data == imagenet.label_names():
         return None
@@ -77,10 +77,10 @@ def class_order(trained: list[str] | None, data: list[str] | None, source: str) 
 
 
 def settings_of(opened: Opened, overrides: dict[str, Any] | None = None) -> Config:
-    """The settings with which an opened checkpoint is used: of its own run, its input, and ``overrides`` over both.
+    """The settings to use an opened checkpoint with: those of its run and its input, replaced by ``overrides``.
 
     Raises:
-        InputError: a setting that does not exist, or images that are no squares.
+        InputError: a setting does not exist, or the model's images are not square.
     """
     source, (height, width) = str(opened.path or opened.name), opened.size
     if height != width:
@@ -99,7 +99,7 @@ def settings_of(opened: Opened, overrides: dict[str, Any] | None = None) -> Conf
 
 
 def released_weights(config: Config) -> dict[str, str] | None:
-    """Name and SHA-256 of the released file that training starts from, if it does and the model is one of ours."""
+    """Name and SHA-256 of the released file from which training starts; ``None`` without one."""
     if not config.pretrained or config.model not in metaformer.VARIANTS:
         return None
     file = released_file(config.model)
@@ -107,7 +107,7 @@ def released_weights(config: Config) -> dict[str, str] | None:
 
 
 def with_input_of(config: Config, model: nn.Module) -> Config:
-    """The config with the model's own normalisation, crop and interpolation where it gives none."""
+    """The config, completed by the model's own normalisation, crop and interpolation."""
     own = resolve_data_config(model=model)
     names = ("crop_pct", "interpolation", "mean", "std")
     return config.model_copy(update={name: own[name] for name in names if getattr(config, name) is None})

@@ -1,4 +1,4 @@
-"""What a run reports: console, progress bar, TensorBoard events, metrics.csv, curve.png and run.json."""
+"""Reports of a run: console, progress bar, TensorBoard events, metrics.csv, curve.png and run.json."""
 
 import csv
 import io
@@ -21,13 +21,13 @@ from metaformer.training.checkpoints import Progress
 
 
 class RunLog:
-    """The reports of a run, which only the main process makes.
+    """The reports of a run, made by the main process only.
 
     Args:
-        folder: Where the files go.
-        facts: Entries of run.json that stay the same throughout the run.
-        epochs: Planned epochs.
-        steps: Optimizer steps in an epoch.
+        folder: folder of the files.
+        facts: entries of run.json that do not change during the run.
+        epochs: number of epochs planned.
+        steps: optimizer steps in an epoch.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], epochs: int, steps: int, is_main: bool):
@@ -36,7 +36,7 @@ class RunLog:
         self.events: Events | None = None
 
     def plan(self, progress: Progress, precision: str) -> None:
-        """Print what the run is going to do."""
+        """Print the plan of the run."""
         facts, settings, data, batch = (self.facts, *(self.facts[name] for name in ("settings", "data", "batch")))
         hardware = progress.starts[-1]["hardware"]
         device = hardware["gpus"][0] if hardware["gpus"] else f"CPU ({hardware['torch_threads']} threads each)"
@@ -180,16 +180,16 @@ def best(history: list[dict[str, float]]) -> dict[str, float]:
 class Events:
     """A file of TensorBoard events, written by the calling thread.
 
-    TensorBoard's own writer has a thread, in which a full disk would raise where nobody can handle it.
+    TensorBoard's own writer uses another thread, which prints a traceback when the disk is full.
     """
 
     def __init__(self, folder: Path, first_step: int):
-        # TensorBoard reads the files of a folder in the order of their names.
+        # TensorBoard reads the files of a folder in alphabetical order.
         name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
         self.file = (folder / name).open("wb")
         self.writer = RecordWriter(self.file)
         self._write(file_version="brain.Event:2")
-        # Readers discard events of earlier files from this step on: a process that was killed has written them.
+        # Readers discard events of earlier files from this step on, which a killed process may have written.
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
         self.file.flush()
 

@@ -1,4 +1,4 @@
-"""Training runs as Slurm jobs: preempted or out of time, a job saves, is queued again and continues where it stood."""
+"""Training runs as Slurm jobs. A job that is preempted or out of time saves, is queued again and continues."""
 
 import os
 import shutil
@@ -15,10 +15,10 @@ SCRIPT = Path(__file__).resolve().parents[2] / "classification" / "dist_train.sh
 
 
 class TrainingJob:
-    """One task per node: dist_train.sh for the processes of that node.
+    """The task of one node, which runs dist_train.sh.
 
     Args:
-        arguments: Of dist_train.sh. They name the run's folder and contain ``--resume``, so that they also continue it.
+        arguments: arguments of dist_train.sh, with the run's folder and ``--resume``, so that they also continue it.
         gpus: GPUs of each node.
     """
 
@@ -44,27 +44,28 @@ class TrainingJob:
             raise RuntimeError(f"dist_train.sh ended with status {status}")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Let the run save, and queue the job that continues it: submitit calls this when Slurm takes the node away."""
+        """Let the run save, and return the job that continues it. submitit calls this when Slurm takes the node
+        away."""
         self.process.send_signal(signal.SIGTERM)
         self._wait()
         return submitit.helpers.DelayedSubmission(TrainingJob(self.arguments, self.gpus))
 
     def _wait(self) -> None:
-        # checkpoint() interrupts __call__, so that both wait at once: Popen.wait would wait for its own lock.
+        # checkpoint() interrupts __call__ while it waits. Popen.wait would then deadlock on its own lock.
         os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def submit(
     jobs: list[TrainingJob], cluster: str, logs: str, partition: str | None, nodes: int, cpus_per_gpu: int, minutes: int
 ) -> list[submitit.Job]:
-    """Submit all as one array of jobs, each of which fails alone.
+    """Submit all as one array of jobs, which fail independently.
 
     Args:
         cluster: ``slurm``, or ``local`` for processes on this machine.
-        logs: Folder of the jobs' own output.
+        logs: folder for the output of the jobs.
 
     Raises:
-        InputError: There is no Slurm on this machine.
+        InputError: Slurm is not installed on this machine.
     """
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node, or --cluster local")

@@ -1,4 +1,4 @@
-"""Studies: rows of Table 5 trained on a small task with several seeds each, as many at once as the hardware holds."""
+"""Train rows of Table 5 on a small task with several seeds each, several runs at a time."""
 
 import fcntl
 import json
@@ -29,15 +29,15 @@ from metaformer.variants import ROWS
 STUDIES = Path(__file__).resolve().parents[2] / "configs" / "studies"
 TRAIN = Path(__file__).resolve().parents[2] / "classification" / "train.py"
 DONE = ("finished", "diverged")
-"""What run.json says of a run that is not to be started again."""
+"""Statuses in run.json of runs that are not started again."""
 PAUSE = 1.0
-"""Seconds between two looks at the runs."""
+"""Seconds between two checks of the runs."""
 CORES_PER_RUN = 4
-"""On a machine with GPUs, for the run's process and its loader."""
+"""Cores for a run and its loader on a machine with GPUs."""
 
 
 class Task(BaseModel):
-    """The data that a study is on; other data are refused."""
+    """Sizes of the study's data set; other data are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +47,7 @@ class Task(BaseModel):
 
 
 class Study(BaseModel):
-    """A file of configs/studies/. ``note`` says how the recipe came about; ``recipe`` are settings of all runs."""
+    """A file of configs/studies/. ``note`` explains the recipe, and ``recipe`` has the settings of all runs."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -76,7 +76,7 @@ class Run(NamedTuple):
         return self.folder.with_suffix(".log")
 
     def record(self) -> dict[str, Any]:
-        """The content of run.json; empty where it is missing or damaged."""
+        """The content of run.json; empty if it is missing or damaged."""
         try:
             return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -88,10 +88,10 @@ class Run(NamedTuple):
 
 
 def read_study(given: str) -> tuple[str, Study]:
-    """A study and its name, from a file or its name in configs/studies/.
+    """Read a study and its name from a file, or by its name in configs/studies/.
 
     Raises:
-        InputError: There is no such study, or it has a wrong field, row or setting.
+        InputError: the study does not exist, or has a wrong field, row or setting.
     """
     path = Path(given) if given.endswith(".yaml") else STUDIES / f"{given}.yaml"
     names = sorted(file.stem for file in STUDIES.glob("*.yaml"))
@@ -127,10 +127,10 @@ def check_data(study: Study, data_dir: str) -> None:
 
 
 def prepare_output(output: Path, study: Study) -> Path:
-    """The file with the study's recipe in ``output``, which all runs there share.
+    """Write the study's recipe to ``output``, where all runs read it; returns the file.
 
     Raises:
-        InputError: The folder holds runs of another recipe, or cannot be written.
+        InputError: the folder contains runs of another recipe, or cannot be written.
     """
     path = output / "recipe.yaml"
     if path.is_file():
@@ -160,7 +160,7 @@ def make_runs(name: str, recipe: Path, rows: list[str], seeds: list[int], data_d
 
 
 class Places:
-    """Places for runs at the same time: a GPU or a core each, several to a GPU."""
+    """Places for simultaneous runs: one core each, or on a machine with GPUs one or more places per GPU."""
 
     def __init__(self, at_once: int | None):
         gpus = torch.cuda.device_count()
@@ -179,10 +179,10 @@ class Places:
 
 @contextmanager
 def alone(output: Path) -> Iterator[int]:
-    """A lock on the folder, as a file descriptor that the runs inherit: it lasts until the last of them has ended.
+    """Lock the folder; yields the file descriptor, which the runs inherit, so that the lock outlives this process.
 
     Raises:
-        InputError: Another study has it, or runs that outlived theirs.
+        InputError: another study, or a run that outlived its study, has the lock.
     """
     with (output / ".lock").open("w") as lock:
         try:
@@ -193,7 +193,7 @@ def alone(output: Path) -> Iterator[int]:
 
 
 def run_all(runs: list[Run], places: Places, lock: int) -> int:
-    """Run all that are not done; returns the exit status, 128 + the signal's number if one stopped the study."""
+    """Run all that are not done; returns the exit status, 128 + the number of the signal that stopped the study."""
     waiting = deque(run for run in runs if not run.done)
     free = deque(range(places.number))
     active: dict[int, tuple[Run, subprocess.Popen]] = {}
@@ -209,7 +209,7 @@ def run_all(runs: list[Run], places: Places, lock: int) -> int:
             for place, (run, process) in list(active.items()):
                 if process.poll() is None:
                     if stop.received:
-                        process.send_signal(signal.SIGTERM)  # the first makes it save, those after it change nothing
+                        process.send_signal(signal.SIGTERM)  # the first makes it save; later ones have no effect
                     continue
                 del active[place]
                 free.append(place)
@@ -231,7 +231,7 @@ def run_all(runs: list[Run], places: Places, lock: int) -> int:
 def start(run: Run, environment: dict[str, str], lock: int) -> subprocess.Popen:
     with run.log.open("a", encoding="utf-8") as log:
         command = [sys.executable, str(TRAIN), *run.arguments]
-        # In a group of its own, so that a Ctrl-C reaches it once, from here.
+        # In its own process group, so that only this process forwards a Ctrl-C to it.
         return subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock]
         )

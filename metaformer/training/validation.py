@@ -1,4 +1,4 @@
-"""Validation of a checkpoint on a data set, as a result record with its provenance."""
+"""Validate a checkpoint on a data set and record the result with its provenance."""
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -21,7 +21,7 @@ from metaformer.weights import Opened
 
 
 class InOrder(nn.Module):
-    """A classifier whose logits (B, classes) come in another order."""
+    """A classifier with its logits (B, classes) in another order."""
 
     def __init__(self, model: nn.Module, order: list[int]):
         super().__init__()
@@ -34,13 +34,13 @@ class InOrder(nn.Module):
 def validate(
     opened: Opened, config: Config, progress: Callable[..., Iterable]
 ) -> tuple[dict[str, Any], list[Unreadable]] | None:
-    """Evaluate a model on the validation split of ``config``, in which it may have its classes in another order.
+    """Evaluate a model on the validation split of ``config``, whose classes may be in another order.
 
     Args:
-        progress: called with the batches and ``total``, their number, as ``tqdm``; iterates over the batches.
+        progress: called as ``tqdm`` with the batches and their number ``total``.
 
     Returns:
-        The record and the pictures that were skipped; ``None`` in all processes but the main one.
+        The record and the skipped pictures in the main process, ``None`` in the others.
 
     Raises:
         InputError: the data cannot be opened or have other classes, or a picture cannot be read.
@@ -91,7 +91,7 @@ def validate(
 
 
 def default_record_path(opened: Opened) -> Path:
-    """Beside a run's checkpoint, and for a checkpoint from elsewhere under runs/."""
+    """The run's folder for its own checkpoint, and runs/ for others."""
     if opened.path and (opened.path.parent / "run.json").is_file():
         return opened.path.parent / "validation.json"
     folder = Path("runs")

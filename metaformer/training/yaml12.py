@@ -1,6 +1,6 @@
-"""YAML 1.2 by PyYAML, which by itself reads YAML 1.1: there 1e-6 is text, 010 is 8, 1:30 is 90 and yes is true.
+"""Read and write YAML 1.2 with PyYAML, whose YAML 1.1 reads 1e-6 as text, 010 as 8, 1:30 as 90 and yes as true.
 
-The types are those of the core schema (https://yaml.org/spec/1.2.2/#103-core-schema). A key must not occur twice.
+Types follow the core schema (https://yaml.org/spec/1.2.2/#103-core-schema). Duplicate keys are errors.
 """
 
 import re
@@ -30,7 +30,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes every string that a reader of YAML 1.1 or 1.2 would take for something else."""
+    """Quotes every string that a reader of YAML 1.1 or 1.2 would parse as another type."""
 
 
 for _class in (Loader, Dumper):
@@ -40,7 +40,7 @@ Loader.add_constructor(INT, lambda _, node: int(node.value, 0 if node.value[:2] 
 
 
 def load(text: str | bytes, texts: Collection[str] = ()) -> Any:
-    """The first document; an untagged scalar that belongs to a key in ``texts`` is text, whatever it looks like."""
+    """Read a document; untagged scalars of the keys in ``texts`` stay text."""
     loader = Loader(text)
     try:
         node = loader.get_single_node()
