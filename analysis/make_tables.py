@@ -1,4 +1,4 @@
-"""Writes the paper's tables: what is printed, beside what is counted and what was measured here.
+"""Writes the paper's tables, with the printed figures beside counted and measured ones.
 
     python analysis/make_tables.py [TABLE...] [--format md,csv,tex] [--check]
 

@@ -1,8 +1,8 @@
-"""Takes the records of runs into analysis/results/, where the tables find them, after checking every field.
+"""Checks the records of runs and copies them to analysis/results/, from which the tables are made.
 
     python analysis/records.py RECORD_OR_FOLDER...
 
-All of them are taken, or none. Absolute paths in the records are cut to their last part.
+If one record is wrong, none is copied. Absolute paths in the records are cut to their last part.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Train the rows of Table 5 on a small task, several seeds each, as many at once as the hardware holds.
+"""Train the rows of Table 5 on a small task with several seeds each, several runs at a time.
 
-Every run is one of train.py, in OUTPUT/ROW-SEED with its log beside it. The same command again continues what was
-stopped and leaves out what is done; a run that diverged is done. On a machine with GPUs the runs are spread over them;
+Each run is a run of train.py in the folder OUTPUT/ROW-SEED, with its log beside it. The same command again continues
+runs that were stopped and skips those that finished or diverged. On a machine with GPUs the runs share them.
 --partition submits them to a Slurm cluster instead, each as a job with one GPU. These commands then compare the rows:
 
 python analysis/records.py OUTPUT && python analysis/make_tables.py && python analysis/make_figures.py

@@ -1,4 +1,4 @@
-"""Export a trained model, or its backbone, to ONNX or torch.export; the file is compared with the model."""
+"""Export a trained model, or its backbone, to ONNX or torch.export, and compare the file with the model."""
 
 import argparse
 from pathlib import Path

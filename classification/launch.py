@@ -1,4 +1,4 @@
-"""Start the processes of a training run with torchrun, and report errors in one sentence; see train.py --help."""
+"""Start the processes of a training run with torchrun, and report errors in one line; see train.py --help."""
 
 import logging
 import os
@@ -47,13 +47,13 @@ def main() -> int:
     options.append("--signals-to-handle=" + ",".join(signal.Signals(number).name for number in STOP_SIGNALS))
     if nodes == 1 and "PORT" not in os.environ:
         options.append("--standalone")  # a port that is free
-    elif restarts:  # a store of their own each time: in the same one they find the addresses of those that have died
+    elif restarts:  # this store is new at each restart; a shared one would keep the addresses of dead processes
         options += ["--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}"]
     else:
         options += [f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"]
     if restarts:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    logging.disable(logging.ERROR)  # torchrun's own account of a failure; report() gives it in one line
+    logging.disable(logging.ERROR)  # report() prints failures in one line instead of torchrun
     try:
         run(parse_args([*options, str(TRAIN), *arguments]))
     except SignalException as stopped:
@@ -69,13 +69,13 @@ def main() -> int:
 
 
 def report(error: ChildFailedError) -> int:
-    """Print the error of the first process that failed; its exit status becomes that of the command."""
-    # When one process is killed, the others fail too, and may have been quicker to say so.
+    """Print the error of the first process that failed, and return its exit status."""
+    # When a process is killed, the others fail too, and may report it first.
     killed = [item for item in error.failures.items() if item[1].exitcode == -signal.SIGKILL]
     rank, failure = killed[0] if killed else error.get_first_failure()
     status = failure.exitcode
     if status in [128 + number for number in STOP_SIGNALS]:
-        return status  # it saved and said so
+        return status  # the process saved and printed so
     if status < 0:
         print(f"error: process {rank} was killed by {signal.Signals(-status).name}", file=sys.stderr)
         return 128 - status

@@ -1,6 +1,6 @@
-"""The most likely classes of pictures, by a run or a checkpoint.
+"""Predict the most likely classes of pictures with a run or a checkpoint.
 
-Pictures that cannot be read are named and left out, and the exit status is 1 then.
+Unreadable pictures are named and skipped, and the exit status is then 1.
 """
 
 import argparse

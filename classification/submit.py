@@ -28,7 +28,7 @@ def main() -> None:
     if options.cluster == "local" and options.nodes > 1:
         raise InputError("--cluster local has one node: leave out --nodes")
     if load_config(settings).output is None:
-        settings.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # queued again, it must find its folder
+        settings.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # to be found by a job that is queued again
     job = TrainingJob([*settings, "--resume"], options.gpus)
     [submitted] = submit(
         [job], options.cluster, options.logs, options.partition, options.nodes, options.cpus_per_gpu, options.time

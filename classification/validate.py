@@ -1,9 +1,9 @@
-"""Top-1, top-5 and images per second of a checkpoint on a validation split.
+"""Measure top-1, top-5 and images per second of a checkpoint on a validation split.
 
-The result is printed and written to a JSON record with its provenance. SETTING is any setting of training (see
-`python classification/train.py --help`), in place of the one that the checkpoint was trained with: data_dir=PATH,
-img_size=PIXELS, precision=bfloat16, bad_pictures=skip. A checkpoint from elsewhere needs data_dir=, and model=NAME
-where it does not tell its model.
+The result is printed and written to a JSON record with its provenance. SETTING replaces a setting of the checkpoint's
+training, for example data_dir=PATH, img_size=PIXELS, precision=bfloat16 or bad_pictures=skip; see `python
+classification/train.py --help`. A checkpoint from elsewhere needs data_dir=, and model=NAME if it does not state its
+model.
 """
 
 import argparse

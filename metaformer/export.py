@@ -1,4 +1,4 @@
-"""Export a model or its backbone to ONNX or torch.export, compared with the model that it was made from."""
+"""Export a model or its backbone to ONNX or torch.export, and compare the file with the model."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ Exported = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Levels(nn.Module):
-    """The backbone alone: images (B, in_chans, H, W) to the stages' maps (B, C, H/4, W/4), (B, C, H/8, W/8), ..."""
+    """The backbone: images (B, in_chans, H, W) to the maps of the stages (B, C, H/4, W/4), (B, C, H/8, W/8), ..."""
 
     def __init__(self, model: MetaFormer):
         super().__init__()
@@ -37,15 +37,15 @@ class Levels(nn.Module):
 
 
 def export_opened(opened: Opened, to: str, target: Path, sides: list[int] | None, features: bool = False) -> str:
-    """Export an opened checkpoint; what :func:`export` says.
+    """Export an opened checkpoint; returns the report of :func:`export`.
 
     Args:
         to: one of :data:`FORMATS`.
-        sides: side, or height and width, of the images in pixels; by default the model's own.
-        features: export the maps of the stages in place of the logits.
+        sides: side, or height and width, of the images in pixels; ``None`` for the model's own.
+        features: export the maps of the stages instead of the logits.
 
     Raises:
-        InputError: no such format, a package is missing, or the model cannot be exported for such images.
+        InputError: the format is unknown, a package is missing, or the model cannot be exported for this size.
     """
     if to not in FORMATS:
         raise InputError(f"there is no format {to!r}{nearest(to, FORMATS)}: there are {', '.join(FORMATS)}")
@@ -61,11 +61,11 @@ def export_opened(opened: Opened, to: str, target: Path, sides: list[int] | None
 
 
 def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
-    """Height and width of ``sides``, or else the model's own.
+    """Height and width from ``sides``, or else the model's own.
 
     Raises:
-        InputError: neither one side nor two, fewer pixels than a position of the last map has, or another size than the
-            one that the model is made for.
+        InputError: there are more than two sides, the size is smaller than the stride of the last map, or the model is
+            made for another size.
     """
     if sides is None:
         return opened.size
@@ -94,13 +94,13 @@ def text(size: Size) -> str:
 
 
 def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
-    """Write ``model`` (in eval mode) to ``target``, compare the file with it, and say what it takes and how it differs.
+    """Write ``model`` (in eval mode) to ``target``; returns a report of the input shapes and of the largest error.
 
-    The batch can vary, height and width unless the model fixes them. torch.export tells maps of one position from
-    larger ones: for images so small that the last map has a side of one, its file is for this ``size`` only.
+    The batch size is dynamic, and so are height and width unless the model fixes them. torch.export treats maps of one
+    position differently from larger ones. If the last map has a side of one, its file is for this ``size`` only.
 
     Raises:
-        InputError: the file cannot be written, or what it holds computes something else.
+        InputError: the file cannot be written, or computes something else than the model.
     """
     backbone = model.model if isinstance(model, Levels) else model
     channels = backbone.in_chans if isinstance(backbone, MetaFormer) else 3
@@ -110,7 +110,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     dims = {0: Dim("batch")}
     if varies:
         dims |= {2: Dim("height", min=two_positions), 3: Dim("width", min=two_positions)}
-    # Neither a batch nor a side of one may be taken for a constant.
+    # Neither the batch nor a side of the last map is one, since tracing would make such a dimension a constant.
     traced = tuple(max(side, 2 * stride(backbone)) for side in size) if varies else size
     images = torch.randn(2, channels, *traced)
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
@@ -165,4 +165,4 @@ def largest_error(exported: Exported, model: nn.Module, channels: int, sizes: li
             images = torch.randn(batch, channels, *size, generator=generator)
             pairs = zip(exported(images), as_tuple(model(images)), strict=True)
             errors += [(value - reference).norm() / reference.norm() for value, reference in pairs]
-    return torch.stack(errors).max().item()  # max() of Python would pass over what is not a number
+    return torch.stack(errors).max().item()  # unlike Python's max(), this propagates NaN

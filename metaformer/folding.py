@@ -1,4 +1,4 @@
-"""A copy of a model for inference, in which everything that does not depend on the image is computed once."""
+"""Fold everything that does not depend on the image into the weights of a copy of a model for inference."""
 
 from copy import deepcopy
 
@@ -51,7 +51,7 @@ class FoldedBlock(nn.Module):
             return kernels.add_mlp(x, self.w1, self.b1, self.w2, self.b2, self.scale, self.eps[1], dtype)
 
     def needs_derivatives(self, x: Tensor) -> bool:
-        """Whether the output is or may be differentiated, which the operators in :mod:`metaformer.kernels` are not."""
+        """Whether the output may be differentiated, which the operators of :mod:`metaformer.kernels` do not support."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or kernels.transformed(x):
             return True
         tensors = (x, self.mix, self.w1, self.b1, self.w2, self.b2, self.scale)
@@ -93,6 +93,6 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def foldable(module: nn.Module) -> bool:
-    """Whether a module is exactly a block that can be fused, not a subclass of one, and has no hooks itself."""
+    """Whether a module is a block that can be fused, not of a subclass, and has no hooks."""
     own = type(module) in (MetaFormerBlock, FusedBlock) and "forward" not in vars(module)
     return own and not (module._forward_hooks or module._forward_pre_hooks) and fusable(module)

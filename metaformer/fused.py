@@ -85,7 +85,7 @@ FORWARD = {kind: kind.forward for kind in EXPECTED}
 
 
 def applies(block: MetaFormerBlock, x: Tensor) -> bool:
-    """Whether the fused form computes what the plain one does for maps ``x``. Nothing else decides this."""
+    """Whether the fused form computes the same as the plain form for maps ``x``."""
     # Proxies of torch.fx and subclasses of Tensor take the plain form. So do exported and traced graphs, which should
     # consist of common operators.
     if type(x) is not Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing():
@@ -101,7 +101,7 @@ def applies(block: MetaFormerBlock, x: Tensor) -> bool:
 
 
 def fusable(block: MetaFormerBlock) -> bool:
-    """Whether a block is pooling and a GELU MLP, both behind MLN, and nobody has changed or observes its parts."""
+    """Whether a block is pooling and a GELU MLP, both behind MLN, with unchanged parts that have no hooks."""
     norm1, norm2, mixer, mlp = block.norm1, block.norm2, block.token_mixer, block.mlp
     if not (block.residual and unchanged(mixer, Pooling) and unchanged(mlp, ChannelMlp)):
         return False
@@ -113,7 +113,7 @@ def fusable(block: MetaFormerBlock) -> bool:
         return False
     if not isinstance(pool.kernel_size, int) or pool.kernel_size % 2 == 0 or pool.padding != pool.kernel_size // 2:
         return False
-    # Ordinary tensors of one dtype, in the shapes that the fused form takes: not sharded, quantised or broadcast
+    # The fused form takes ordinary tensors of one dtype and of these shapes, not sharded, quantised or broadcast ones.
     gamma, w1, b1, w2 = norm1.weight, fc1.weight, fc1.bias, fc2.weight
     vectors = [gamma, norm1.bias, norm2.weight, norm2.bias, fc2.bias]
     vectors += [scale for scale in (block.layer_scale1, block.layer_scale2) if scale is not None]
@@ -181,7 +181,7 @@ def mlp_half(
 
 
 def samples_at_once(x: Tensor, channels: int) -> int:
-    """How many samples of maps (B, C, H, W) the MLP half takes at once, where its hidden maps have ``channels``."""
+    """Number of samples of maps (B, C, H, W) in a part of the MLP half, whose hidden maps have ``channels``."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return len(x)
     sample = channels * x.shape[2] * x.shape[3] * x.element_size()

@@ -1,4 +1,4 @@
-"""The most likely classes of pictures."""
+"""Predict the most likely classes of pictures."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,10 +37,10 @@ class Pictures(Dataset):
 
 
 def find_pictures(given: list[Path]) -> list[Path]:
-    """The given files, and the files in and below the given folders whose suffix is one of a picture, in order.
+    """The given files, and all files below the given folders that have the suffix of a picture format, in order.
 
     Raises:
-        InputError: there is no such file, or no picture in a folder.
+        InputError: a file does not exist, or a folder contains no picture.
     """
     Image.init()
     suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
@@ -59,7 +59,7 @@ def find_pictures(given: list[Path]) -> list[Path]:
 
 
 def names_of(opened: Opened) -> list[str]:
-    """The names of the classes; ImageNet's for 1,000 classes without names, and otherwise numbers."""
+    """Class names of the checkpoint. Without them, ImageNet's names for 1,000 classes, and numbers otherwise."""
     classes = opened.model.num_classes
     if opened.class_names:
         return opened.class_names
@@ -70,7 +70,7 @@ def names_of(opened: Opened) -> list[str]:
 def predict(
     opened: Opened, paths: list[Path], top: int = 5, batch: int = 32, progress: Callable[[Iterable], Iterable] = iter
 ) -> tuple[list[Prediction], list[Unreadable]]:
-    """The ``top`` classes with their probabilities for each picture that can be read, and the other pictures."""
+    """The ``top`` classes of each readable picture with their probabilities, and the unreadable pictures."""
     processes, config, names = join(), settings_of(opened, {"device_batch": batch}), names_of(opened)
     workers = min(processes.default_workers(), len(paths) // batch)
     loader = val_loader(config, Pictures(paths), processes, workers)

@@ -1,4 +1,4 @@
-"""The provenance of a result (command, commit, versions, hardware, date), and files that are written whole."""
+"""The provenance of a result (command, commit, versions, hardware, date), and atomic writing of files."""
 
 import hashlib
 import json

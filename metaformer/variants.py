@@ -1,7 +1,7 @@
 """The registry: the five PoolFormers of Table 1 and the rows of the ablation (Table 5), registered with timm.
 
-timm has classes under the names of the five. Importing this package replaces them in timm's registry, so that
-``--model poolformer_s12`` never trains another model in silence; ``timm.models.metaformer.poolformer_s12`` still builds
+timm has classes with the names of the five. Importing this package replaces them in timm's registry, so that
+``--model poolformer_s12`` always trains this package's model. ``timm.models.metaformer.poolformer_s12`` still builds
 timm's own.
 """
 
@@ -196,10 +196,10 @@ def ablation_config(name: str, top1: float) -> str:
 def released_file(
     name: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: dict | None = None, **_: Any
 ) -> Path | None:
-    """The file with the released weights of a variant, fetched if need be; ``None`` if it has none, or another source.
+    """The file with the released weights of a variant, fetched if necessary; ``None`` if its source is another.
 
     Raises:
-        InputError: it cannot be fetched, or came damaged.
+        InputError: the file cannot be fetched, or is damaged.
     """
     settings = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     return fetch(settings.url) if settings.url and not settings.file else None
@@ -225,7 +225,7 @@ def entry_point(name: str) -> Callable[..., nn.Module]:
 
 
 with warnings.catch_warnings():
-    # timm warns of names registered twice; here that is the point.
+    # timm warns of the names that are replaced on purpose.
     warnings.filterwarnings("ignore", message="Overwriting", category=UserWarning)
     for _name in VARIANTS:
         register_model(entry_point(_name))

@@ -1,4 +1,4 @@
-"""Checks that the data sets of mmdet and mmseg share: bad data end in one sentence that names the file."""
+"""Checks shared by the data sets of mmdet and mmseg. Bad data raise an ``InputError`` that names the file."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ from metaformer.errors import InputError
 
 
 class CheckedDataset:
-    """Mixed into a data set of mmengine. An error while a sample is made names the picture.
+    """Mixin for data sets of mmengine. Errors in the preparation of a sample name the picture.
 
     Raises:
         InputError: ``classes`` is one text instead of several names, or a picture cannot be used.
@@ -35,13 +35,13 @@ class CheckedDataset:
 
 
 def first_sample(data: dict[str, Any]) -> Any:
-    """The data sample of one picture; test-time augmentation makes several of it."""
+    """The data sample of a picture, the first one if test-time augmentation makes several."""
     samples = data["data_samples"]
     return samples[0] if isinstance(samples, list) else samples
 
 
 def check_there(paths: Iterable[str], listed_in: str) -> None:
-    """Raise unless every file exists. Each folder is listed once, since COCO has 118,000 pictures."""
+    """Raise an ``InputError`` if a file is missing. Each folder is listed only once, as COCO has 118,000 pictures."""
     names: dict[Path, set[str]] = {}
     missing = []
     for path in map(Path, paths):

@@ -1,4 +1,4 @@
-"""Hooks for mmengine's Runner: nothing is loaded in part, classes match, no training on NaN, results are recorded."""
+"""Hooks for mmengine's Runner that check checkpoints, classes and losses, and record results."""
 
 import importlib
 import logging
@@ -31,13 +31,13 @@ from metaformer.weights import differences, listed
 
 @HOOKS.register_module()
 class WholeCheckpoint(Hook):
-    """Refuses a checkpoint of another model, of which mmengine would load what fits, or of other classes.
+    """Refuses a checkpoint of another model, which mmengine would load in part, and a checkpoint of other classes.
 
-    For fine-tuning (``load_from`` without ``resume``) heads and classes may differ, and the log says how.
+    For fine-tuning (``load_from`` without ``resume``), heads and classes may differ; the log states the differences.
     """
 
     def __init__(self) -> None:
-        # A config that replaces the custom_imports of ours may not name it.
+        # A config that replaces our custom_imports may not import this module.
         importlib.import_module("metaformer.mm.patch_mmengine")
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -64,7 +64,7 @@ class WholeCheckpoint(Hook):
 
 @HOOKS.register_module()
 class FiniteLoss(Hook):
-    """Stops at the first loss that is not finite, before a checkpoint of these weights is written."""
+    """Stops at the first loss that is not finite, before a checkpoint is written."""
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -103,7 +103,7 @@ class SameClasses(Hook):
 
 
 def different_classes(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    """Where two lists of class names differ, as a phrase; empty if they are equal in names and order."""
+    """A phrase that names the first difference of two lists of classes; empty if they are equal."""
     for i, (our, their) in enumerate(zip_longest(ours, theirs)):
         if our != their:
             return f"class {i} is {our!r} of {len(ours)} here and {their!r} of {len(theirs)} there"
@@ -121,7 +121,7 @@ def check_heads(model: nn.Module, classes: Sequence[str]) -> None:
 
 
 def check_crops(runner: Runner) -> None:
-    """Raise if batches are padded to another size than that of the crops: most of a batch could be padding."""
+    """Raise if batches are padded to another size than that of the crops, so that a batch may be mostly padding."""
     size = getattr(bare(runner.model).data_preprocessor, "size", None)
     for step in runner.cfg.train_dataloader.dataset.get("pipeline", []):
         crop = step["type"] == "RandomCrop" and tuple(to_2tuple(step["crop_size"]))
@@ -133,7 +133,7 @@ def check_crops(runner: Runner) -> None:
 
 
 def check_schedule(runner: Runner) -> None:
-    """Warn of a schedule for a longer training: a warm-up longer than it keeps the learning rate low throughout."""
+    """Warn if a schedule ends after the training. A warm-up that long keeps the learning rate low throughout."""
     for scheduler in runner.param_schedulers if isinstance(runner.param_schedulers, list) else []:
         loop, unit = runner.train_loop, "epochs" if scheduler.by_epoch else "iterations"
         length = loop.max_epochs if scheduler.by_epoch else loop.max_iters
@@ -143,7 +143,7 @@ def check_schedule(runner: Runner) -> None:
 
 
 def check_evaluator(config: Config, split: str) -> None:
-    """Raise unless an evaluator with an annotation file of its own has that of the data set."""
+    """Raise if an evaluator reads another annotation file than the data set."""
     evaluators, dataset = config[f"{split}_evaluator"], config[f"{split}_dataloader"].dataset
     ours = dataset.get("ann_file") and Path(dataset.get("data_root") or "", dataset.ann_file)
     for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:

@@ -15,7 +15,7 @@ ADE20K_PAGE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData201
 
 
 class CheckedSegmentation(CheckedDataset):
-    """Mixed into a data set of mmseg, which then refuses bad data.
+    """Mixin for data sets of mmseg that refuses bad data.
 
     Raises:
         InputError: a folder, a picture or the label map of a picture is missing. While samples are made: a label map is
