@@ -71,7 +71,8 @@ def predict(
     opened: Opened, paths: list[Path], top: int = 5, batch: int = 32, progress: Callable[[Iterable], Iterable] = iter
 ) -> tuple[list[Prediction], list[Unreadable]]:
     """The ``top`` classes of each readable picture with their probabilities, and the unreadable pictures."""
-    processes, config, names = join(), settings_of(opened, {"device_batch": batch}), names_of(opened)
+    processes, names = join(), names_of(opened)
+    config = settings_of(opened, {"device_batch": batch, "data_in_memory": False})
     workers = min(processes.default_workers(), len(paths) // batch)
     loader = val_loader(config, Pictures(paths), processes, workers)
     model = opened.model.to(processes.device)
