@@ -69,16 +69,12 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if options.device == "cpu" and options.precision in ("float16", "tf32"):
         raise InputError(f"--precision {options.precision} needs a GPU: use float32 or bfloat16 on a CPU")
     if options.device == "cpu" and options.compile:
-        check_compiler()
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise InputError("--compile needs a C++ compiler and finds none: install g++, or leave it out") from error
     shape = options.batch, (size[0], size[-1])
     return Settings(options.model, *shape, options.precision, options.memory_format, device, options.rounds)
-
-
-def check_compiler() -> None:
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise InputError("--compile needs a C++ compiler and finds none: install g++, or leave it out") from error
 
 
 def report(record: Benchmark) -> str:

@@ -8,7 +8,6 @@ also writes its recipes in configs/ablations/.
 
 import argparse
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -39,8 +38,9 @@ def main() -> int:
     tables = {name: TABLES[name](measured) for name in names}
     files = outputs(tables, formats, measured)
     changed = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    if not options.check:
-        write(changed, files)
+    for path in [] if options.check else changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda file, text=files[path]: file.write(text.encode()))
     for table in tables.values():
         print(table.summary())
     for problem in measured.problems:
@@ -50,12 +50,6 @@ def main() -> int:
         print(f"error: out of date: {stale}; run python analysis/make_tables.py", file=sys.stderr)
         return 1
     return 2 if measured.problems else 0
-
-
-def write(paths: list[Path], files: dict[Path, str]) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, lambda file, text=files[path]: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            report_to_torchrun(error)
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            handler = get_error_handler()
+            handler.initialize()
+            handler.record_exception(error)
         elif isinstance(error, InputError | MachineError) and not os.environ.get("METAFORMER_TRACEBACK"):
             print(f"error: {error}", file=sys.stderr)
         else:
@@ -74,11 +78,3 @@ def as_raised(error: InputError) -> str:
     while isinstance(inner := error.__cause__ or error.__context__, InputError):
         error = inner
     return str(error).rpartition("InputError: ")[2].strip()
-
-
-def report_to_torchrun(error: Exception) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    handler = get_error_handler()
-    handler.initialize()
-    handler.record_exception(error)

@@ -118,10 +118,11 @@ class MetaFormer(nn.Module):
         for i, dim in enumerate(dims):
             downsample = nn.Identity() if i == 0 else patch_embedding(dims[i - 1], dim, 3 if overlap else 2, stride=2)
             size = size if i == 0 else size_after(downsample, size)
+            mixer = token_mixers[i]
             make_block = partial(
                 FusedBlock if fused else MetaFormerBlock,
                 dim,
-                token_mixer=for_size(token_mixers[i], size),
+                token_mixer=partial(mixer, map_size=size) if takes_map_size(mixer) else mixer,
                 norm_layer=norm_layers[i],
                 act_layer=act_layer,
                 mlp_ratio=mlp_ratio,
@@ -257,11 +258,6 @@ def takes_map_size(token_mixer: Layer) -> bool:
     """Whether the constructor of a token mixer requires the size (H, W) of its maps."""
     parameter = inspect.signature(token_mixer).parameters.get("map_size")
     return parameter is not None and parameter.default is parameter.empty
-
-
-def for_size(token_mixer: Layer, size: Size) -> Layer:
-    """The token mixer with ``map_size`` filled in, if its constructor requires it."""
-    return partial(token_mixer, map_size=size) if takes_map_size(token_mixer) else token_mixer
 
 
 def per_stage(name: str, value: T | Sequence[T], stages: int) -> list[T]:
