@@ -447,12 +447,15 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         (evaluation(metrics={"top1": 77.0, "images": 50000}), "metrics.top5: Field required"),
         (evaluation(metrics={"top1": 770, "top5": 99, "images": 50000}), "metrics.top1: Input should be less than"),
         (evaluation(data={"classes": "many"}), "data.classes: Input should be a valid integer"),
-        (evaluation(metrics={"top1": 77.0, "top5": 76.0, "images": 50000}), "it cannot be the smaller"),
-        (evaluation(metrics={"top1": 0.7724, "top5": 0.93, "images": 50000}), "top1 is 0.7724, which is no percentage"),
+        (evaluation(metrics={"top1": 77.0, "top5": 76.0, "images": 50000}), "top1 cannot be larger"),
+        (
+            evaluation(metrics={"top1": 0.7724, "top5": 0.93, "images": 50000}),
+            "top1 is 0.7724, which is not a percentage",
+        ),
         (evaluation(metrics={"top1": float("nan"), "top5": 99, "images": 50000}), "metrics.top1"),
-        (detection({"coco/bbox_mAP": 37.1}), "coco/bbox_mAP is 37.1: it is a fraction"),
-        (detection({"coco/segm_mAP_50": float("nan")}), "coco/segm_mAP_50 is nan: it is a fraction"),
-        (segmentation({"mIoU": float("nan")}), "mIoU is nan: it is a percentage"),
+        (detection({"coco/bbox_mAP": 37.1}), "coco/bbox_mAP is 37.1: it must be a fraction"),
+        (detection({"coco/segm_mAP_50": float("nan")}), "coco/segm_mAP_50 is nan: it must be a fraction"),
+        (segmentation({"mIoU": float("nan")}), "mIoU is nan: it must be a percentage"),
         (segmentation({"mIoU": 0.37, "aAcc": 0.78}), "aAcc is 0.78: the metrics are percentages"),
         (evaluation(model="poolformer_s21"), "model 'poolformer_s21' is in no table (did you mean 'poolformer_s"),
         (evaluation(data={"classes": 10}), "data.classes is 10, but table2 has 1000"),
@@ -468,7 +471,7 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
             evaluation(model="fpn_r50_8xb4-40k_ade20k-512x512", data={"classes": 150}),
             "kind is classification, but table4 has segmentation",
         ),
-        (evaluation(top1=77.1), "holds a record that is there under another name"),
+        (evaluation(top1=77.1), "duplicates a record of another name"),
     ],
 )
 def test_a_wrong_record_is_named_and_the_others_shown(record, says, root):
@@ -715,7 +718,7 @@ def test_gradcam_draws_the_papers_models(picture, tmp_path, command):
         (["{picture}", "--models", "resnet18", "--weights", "resnet18=none.pt"], "there is no checkpoint none.pt"),
         (
             ["{picture}", "--models", "mixnet_s", "--weights", "mixnet_s={mixnet}"],
-            "mixnet_s is a EfficientNet: Grad-CAM is there for MetaFormer",
+            "mixnet_s is a EfficientNet: Grad-CAM supports MetaFormer",
         ),
     ],
 )

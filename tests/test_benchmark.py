@@ -235,7 +235,7 @@ def unequal() -> list[dict]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"tasks": unequal()}, r"tasks\.1\.contestants: .*not all have as many rounds"),
+        ({"tasks": unequal()}, r"tasks\.1\.contestants: .*the contestants do not have equally many rounds"),
         ({"tasks": []}, "tasks: List should have at least 1 item"),
         ({"rates": {"macs_per_s": 0, "bytes_per_s": 1}}, r"rates\.macs_per_s: Input should be greater than 0"),
         ({"settings": {}}, r"settings\.batch: Field required"),

@@ -534,7 +534,7 @@ def test_a_campaign_that_does_not_add_up_is_refused(tmp_path):
     fault = {"fault": "SIGKILL", "tried": 3, "survived": 3, "lost": 1, "seeds": [7]}
     record = {**{key: evaluation()[key] for key in ("command", "commit", "versions", "hardware", "date", "model")},
               "kind": "faults", "rounds": 1, "seed": 0, "faults": [fault]}  # fmt: skip
-    with pytest.raises(InputError, match=r"faults\.0: .*survived and lost are not those tried"):
+    with pytest.raises(InputError, match=r"faults\.0: .*survived and lost do not add up to tried"):
         records.parse(record, tmp_path / "record.json")
 
 

@@ -151,7 +151,7 @@ def test_settings_that_are_text_are_not_parsed(text, folder):
 def test_a_key_that_is_there_twice_is_refused(folder):
     for text in ("epochs: 3\nlr: 1\nepochs: 300", "model_args: {a: 1, a: 2}"):
         (folder / "twice.yaml").write_text(text)
-        with pytest.raises(InputError, match=r"is not valid YAML: the key '(epochs|a)' is there twice"):
+        with pytest.raises(InputError, match=r"is not valid YAML: the key '(epochs|a)' occurs twice"):
             load_config([str(folder / "twice.yaml")])
 
 

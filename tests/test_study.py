@@ -375,13 +375,16 @@ def test_a_record_of_a_study_counts_when_it_is_done():
     record = results(pytest.MonkeyPatch(), {"identity": [70.0]}).records[0].model_dump()
     data, half = {"classes": 10, "val_images": 1000}, {"done": 1, "planned": 2}
     for changes, says in (
-        ({"status": "running"}, "counts when it is done"),
+        ({"status": "running"}, "must be done"),
         ({"status": "failed"}, "the run failed: lost"),
-        ({"epochs": half}, "the curve has not the epochs 1 to 1"),
+        ({"epochs": half}, "the curve does not have the epochs 1 to 1"),
         ({"epochs": half, "curve": [{"top1": 1.0}]}, "the run is finished, but only after 1 of 2 epochs"),
-        ({"curve": [{"epoch": 1, "top1": 1.0}, {"epoch": 3, "top1": 2.0}]}, "the curve has not the epochs 1 to 2"),
+        (
+            {"curve": [{"epoch": 1, "top1": 1.0}, {"epoch": 3, "top1": 2.0}]},
+            "the curve does not have the epochs 1 to 2",
+        ),
         ({"curve": [{"top1": float("nan")}]}, r"curve\.0\.top1"),
-        ({"curve": [{"top1": 0.5124}], "data": data}, "which is no percentage of 1000 images"),
+        ({"curve": [{"top1": 0.5124}], "data": data}, "which is not a percentage of 1000 images"),
         ({"settings": {**record["settings"], "seed": 7}}, "seed is 0, but settings.seed is 7"),
     ):
         with pytest.raises(InputError, match=says):

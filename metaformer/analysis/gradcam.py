@@ -40,7 +40,7 @@ def target_layer(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tens
         return model.blocks[-1], partial(tokens_to_map, prefix=0)
     if kind == "VisionTransformer":
         return model.blocks[-1].norm1, partial(tokens_to_map, prefix=model.num_prefix_tokens)
-    raise InputError(f"{name} is a {kind}: Grad-CAM is there for MetaFormer, ResNet, MlpMixer and VisionTransformer")
+    raise InputError(f"{name} is a {kind}: Grad-CAM supports MetaFormer, ResNet, MlpMixer and VisionTransformer")
 
 
 def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:

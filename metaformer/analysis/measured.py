@@ -35,7 +35,7 @@ class Measured:
                 if isinstance(record, Evaluation | Training | Benchmark):
                     check_row(record, path)
                 if record in self.records[record.kind]:
-                    raise InputError(f"{path} holds a record that is there under another name: take one out")
+                    raise InputError(f"{path} duplicates a record of another name: remove one")
                 self.records[record.kind].append(record)
             except InputError as error:
                 self.problems.append(str(error))

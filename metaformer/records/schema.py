@@ -74,7 +74,7 @@ def check_percent(name: str, percent: float, images: int) -> None:
     """Refuse an accuracy that is no whole number of images, as fractions written instead of percentages are."""
     right = percent / 100 * images
     if abs(right - round(right)) > 0.001:
-        raise ValueError(f"{name} is {percent}, which is no percentage of {images} images")
+        raise ValueError(f"{name} is {percent}, which is not a percentage of {images} images")
 
 
 class Top(Part):
@@ -85,7 +85,7 @@ class Top(Part):
     @model_validator(mode="after")
     def _is_consistent(self) -> "Top":
         if self.top1 > self.top5:
-            raise ValueError(f"top1 is {self.top1} and top5 is {self.top5}: it cannot be the smaller")
+            raise ValueError(f"top1 is {self.top1} and top5 is {self.top5}: top1 cannot be larger")
         check_percent("top1", self.top1, self.images)
         check_percent("top5", self.top5, self.images)
         return self
@@ -121,14 +121,14 @@ class Classification(Evaluation):
 def of_coco(metrics: dict[str, float]) -> dict[str, float]:
     for name, value in metrics.items():
         if name.startswith("coco/") and "mAP" in name and not (0 <= value <= 1 or value == -1):
-            raise ValueError(f"{name} is {value}: it is a fraction, or -1 without objects of that size")
+            raise ValueError(f"{name} is {value}: it must be a fraction, or -1 without objects of that size")
     return metrics
 
 
 def of_ade20k(metrics: dict[str, float]) -> dict[str, float]:
     for name in ("aAcc", "mIoU", "mAcc"):
         if not 0 <= metrics.get(name, 0) <= 100:
-            raise ValueError(f"{name} is {metrics[name]}: it is a percentage")
+            raise ValueError(f"{name} is {metrics[name]}: it must be a percentage")
     if 0 < metrics.get("aAcc", 0) <= 1:
         raise ValueError(f"aAcc is {metrics['aAcc']}: the metrics are percentages, and these seem to be fractions")
     return metrics
@@ -180,9 +180,9 @@ class Training(Part):
         if self.status == "failed" or (self.status == "diverged" and not study):
             raise ValueError(f"the run {self.status}: {self.error}")
         if study and self.status not in ("finished", "diverged"):
-            raise ValueError(f"a run of a study counts when it is done, and this one is {self.status}")
+            raise ValueError(f"a run of a study must be done, and this one is {self.status}")
         if study and self.seed is None:
-            raise ValueError("a run of a study has a seed")
+            raise ValueError("a run of a study must have a seed")
         if self.status != "diverged" and (self.images_per_s is None or (study and not self.curve)):
             raise ValueError("the run has not finished an epoch")
         if self.settings.seed not in (None, self.seed):
@@ -190,7 +190,7 @@ class Training(Part):
         numbers = [epoch.epoch or i for i, epoch in enumerate(self.curve, start=1)]
         last = self.epochs.done if self.epochs else len(numbers)
         if numbers and numbers != list(range(1, last + 1)):
-            raise ValueError(f"the curve has not the epochs 1 to {last}")
+            raise ValueError(f"the curve does not have the epochs 1 to {last}")
         if self.status == "finished" and self.epochs and self.epochs.done != self.epochs.planned:
             raise ValueError(f"the run is finished, but only after {self.epochs.done} of {self.epochs.planned} epochs")
         for epoch in self.curve if self.data.val_images and not self.skipped.get("validation") else []:
@@ -245,9 +245,9 @@ class Contestant(Part):
 
 def took_turns(contestants: list[Contestant]) -> list[Contestant]:
     if len({len(contestant.seconds) for contestant in contestants}) > 1:
-        raise ValueError("not all have as many rounds")
+        raise ValueError("the contestants do not have equally many rounds")
     if len({(contestant.form, contestant.compiled) for contestant in contestants}) < len(contestants):
-        raise ValueError("a contestant is there twice")
+        raise ValueError("a contestant occurs twice")
     return contestants
 
 
@@ -314,7 +314,7 @@ class Fault(Part):
     @model_validator(mode="after")
     def _adds_up(self) -> "Fault":
         if self.survived + self.lost != self.tried or len(self.seeds) != self.lost:
-            raise ValueError("survived and lost are not those tried")
+            raise ValueError("survived and lost do not add up to tried")
         return self
 
 

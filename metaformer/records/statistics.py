@@ -84,7 +84,7 @@ class Results:
             check_recipe(name, self.study, record)
             of_row = self.top1.setdefault(row, {})
             if record.seed in of_row:
-                raise InputError(f"{name} has two records of row {row}, seed {record.seed}: take one out")
+                raise InputError(f"{name} has two records of row {row}, seed {record.seed}: remove one")
             diverged = record.status == "diverged"
             of_row[record.seed] = self.chance if diverged else record.curve[-1].top1
             self.diverged[row] = self.diverged.get(row, 0) + diverged
@@ -193,7 +193,7 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
         if found != planned:
             raise InputError(
                 f"{name} has a record of row {row}, seed {record.seed} with {field}={found}, and the study has "
-                f"{planned}: it is of another recipe or of other data, take it out"
+                f"{planned}: the record has another recipe or other data, so remove it"
             )
 
 

@@ -25,7 +25,7 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"the key {twice[0][:100]!r} is there twice")
+            raise yaml.YAMLError(f"the key {twice[0][:100]!r} occurs twice")
         return super().construct_mapping(node, deep)
 
 
