@@ -20,9 +20,9 @@ def proxy(measured: Measured) -> Table:
         notes += study_notes(name, results)
     notes.append(
         "Top-1 is that of the last epoch: means over the seeds and differences from the baseline, each with its 95 % "
-        "interval (Welch; paired by seed from three seeds on). The variance of a row is at least the binomial variance of "
-        "an accuracy on the validation images, because few seeds can agree by chance. A run that diverged counts with the top-1 of guessing. "
-        "metaformer/records/statistics.py has the formulas."
+        "interval (Welch; paired by seed from three seeds on). The variance of a row is at least the binomial variance "
+        "of an accuracy on the validation images, because few seeds can agree by chance. A run that diverged counts "
+        "with the top-1 of guessing. metaformer/records/statistics.py has the formulas."
     )
     return Table("proxy", "The ablation at a small scale", rows, notes)
 
