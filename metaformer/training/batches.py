@@ -71,9 +71,14 @@ class TrainBatches(Sampler):
 
 
 class Images(Dataset):
-    """(epoch, index) to (uint8 array (3, H, W), label); what the transform draws follows from (seed, epoch, index)."""
+    """(epoch, index) to (uint8 array (3, H, W), label).
 
-    def __init__(self, dataset: Dataset, transform: Any, seed: int):
+    Args:
+        seed: what the transform draws follows from (seed, epoch, index); ``None`` if it draws nothing, so that the
+            global random state is left alone.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Any, seed: int | None = None):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __len__(self) -> int:
@@ -81,7 +86,8 @@ class Images(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int] | Unreadable:
         epoch, index = key
-        seed_everything(self.seed, epoch, index)
+        if self.seed is not None:
+            seed_everything(self.seed, epoch, index)
         try:
             image, label = self._read(index)
             return self.transform(image), label

@@ -42,7 +42,7 @@ def val_loader(config: Config, dataset: Dataset, processes: Processes, workers: 
     batches = BatchSampler(keys, config.device_batch, drop_last=False)
     if config.data_in_memory:
         return MemoryLoader(pictures, batches)
-    return DataLoader(Images(dataset, prepare, config.seed), batch_sampler=batches, **options)
+    return DataLoader(Images(dataset, prepare), batch_sampler=batches, **options)
 
 
 def loader_options(processes: Processes, workers: int) -> dict[str, Any]:

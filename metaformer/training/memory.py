@@ -99,7 +99,7 @@ def kept_at(dataset: Dataset, transform: Any) -> Path | None:
 
 
 def decode(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Pictures:
-    images = Images(dataset, transform, seed=0)
+    images = Images(dataset, transform)
     keys = [(0, index) for index in range(len(images))]
     options = {**options, "persistent_workers": False, "collate_fn": as_arrays}
     pictures, labels = None, np.empty(len(images), dtype=np.int64)
