@@ -6,11 +6,12 @@ Shapes: B images, C channels, H x W positions; every feature map is (B, C, H, W)
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 import torch
 import torch.fx
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -103,7 +104,8 @@ class MetaFormer(nn.Module):
         token_mixers = per_stage("token_mixers", token_mixers, stages)
         norm_layers = per_stage("norm_layers", norm_layers, stages)
         pos_embeds = per_stage("pos_embeds", pos_embeds, stages)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        last = max(sum(depths) - 1, 1)
+        drop_path_rates = (drop_path_rate * i / last for i in range(sum(depths)))
 
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
@@ -129,7 +131,7 @@ class MetaFormer(nn.Module):
                 residual=residual,
                 layer_scale_init=layer_scale_init,
             )
-            blocks = [make_block(drop_path=rate) for rate in drop_path_rates[i]]
+            blocks = [make_block(drop_path=rate) for rate in islice(drop_path_rates, depths[i])]
             position = PositionEmbedding(dim, size) if pos_embeds[i] else nn.Identity()
             self.stages.append(MetaFormerStage(downsample, position, blocks))
         self.norm = norm_layers[-1](dims[-1])

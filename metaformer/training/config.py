@@ -67,7 +67,7 @@ class Config(BaseModel):
     std: Std | None = Field(None, description="Standard deviation of each channel, likewise. null: the model's own")
 
     scale: tuple[Share, Share] = Field((0.08, 1.0), description="Share of a picture's area that a random crop takes")
-    ratio: tuple[Above0, Above0] = Field((0.75, 1.3333), description="Width / height of a random crop")
+    ratio: tuple[Above0, Above0] = Field((3 / 4, 4 / 3), description="Width / height of a random crop")
     hflip: Share = Field(0.5, description="Probability of a horizontal flip")
     vflip: Share = Field(0.0, description="Probability of a vertical flip")
     train_interpolation: TrainFilter = Field("random", description="Resize filter. random: bilinear or bicubic")

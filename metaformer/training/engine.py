@@ -276,12 +276,12 @@ class Trainer:
                     f"the last was {self.unreadable[-1][1].name}; mend them or take them out"
                 )
             seed_everything(self.config.seed, epoch, step, turn * self.processes.world + self.processes.rank)
-            images, labels = self.normalise(images), labels.to(self.device, non_blocking=True)
-            images = self.erase(images)
+            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
             smoothing = self.config.smoothing
             if self.mix:
                 images, labels = self.mix(images, labels)  # labels become (B, num_classes), smoothed
                 smoothing = 0.0
+            images = self.erase(self.normalise(images))
             last = turn == self.passes - 1
             with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():
                 with self.cast:

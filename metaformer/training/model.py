@@ -114,13 +114,16 @@ def with_input_of(config: Config, model: nn.Module) -> Config:
 
 
 def normaliser(config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 images (B, 3, H, W) to normalised float32 ones on the device."""
-    mean, std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (config.mean, config.std))
+    """A function from images (B, 3, H, W), of 0 to 255, to normalised float32 ones on the device."""
+    mean, std = (
+        torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
+        for values in (config.mean, config.std)
+    )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def normalise(images: Tensor) -> Tensor:
         images = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
-        return images.sub_(mean).div_(std)
+        return images.sub(mean).div_(std)
 
     return normalise
 
