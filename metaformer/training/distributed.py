@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from metaformer.errors import InputError
 from metaformer.provenance import cores
@@ -31,6 +32,13 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, wrapped if there are several processes so that its gradients are averaged over them."""
+        if self.world == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def max(self, *values: int) -> list[int]:
         """The largest of each value over all processes."""

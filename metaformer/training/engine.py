@@ -12,7 +12,6 @@ import torch
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from metaformer.errors import InputError
@@ -100,11 +99,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, model, self.lr)
         self.scheduler, self.epochs = build_scheduler(config, self.optimizer, self.steps)
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
-        self.parallel = model
-        if processes.world > 1:
-            self.parallel = DistributedDataParallel(
-                model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
-            )
+        self.parallel = processes.parallel(model)
 
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the passes of this epoch
         self.bad_step = torch.full((), -1, device=self.device)  # the first of the epoch with a non-finite loss
