@@ -374,6 +374,7 @@ def test_writes_all_tables_and_then_nothing_changes(root, make_tables):
         "proxy",
         "conclusions",
         "faults",
+        "parity",
     ]
     assert len(list((root / "analysis/tables").iterdir())) == 3 * len(lines)
     for line in lines:

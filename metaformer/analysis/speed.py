@@ -1,4 +1,4 @@
-"""Tables of measured speed and memory, of the loader, and of the cost of the paper's runs."""
+"""Tables of measured speed and memory, of the loader, of the cost of the paper's runs, and of parity."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
-from metaformer.analysis.cells import NOT_MEASURED, Measurement, Number, Range, Row, Table, rounded, spread
+from metaformer.analysis.cells import NOT_MEASURED, Measurement, Number, Range, Row, Table, Verdict, rounded, spread
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import built_rows, paper
-from metaformer.records import Benchmark, Contestant, Spread, Timed
+from metaformer.records import Benchmark, Contestant, Parity, Spread, Timed
 from metaformer.variants import POOLFORMERS
 
 BEST = {"inference": "folded", "training": "fused"}
@@ -192,3 +192,52 @@ def loader(measured: Measured) -> Table:
 
 def measured_range(of: Spread, digits: int) -> Range:
     return Range(of.median, of.min, of.max, digits)
+
+
+def parity(measured: Measured) -> Table:
+    """The latest comparison."""
+    notes = ["Not compared yet: analysis/parity.py compares."]
+    for record in measured.records["parity"][-1:]:
+        state = " with local changes" if record.official.uncommitted_changes else ""
+        notes = [
+            f"{record.date[:10]}, {record.hardware.processor}, timm {record.versions['timm']}; official code: commit "
+            f"{record.official.commit}{state}, as imported by analysis/parity.py.",
+            "Models: float64, random weights, 2 images of 224 pixels. The difference of a tensor is relative to the "
+            "official one's norm, or to a thousandth of the largest norm; that of the worst tensor is shown.",
+            f"Recipe: {record.pictures} pictures, all ten models. Pixels come from the same random numbers.",
+            "Training: official train_one_epoch beside our step, PoolFormer-S12 at 64 pixels through a schedule of 20 "
+            "epochs, each from the same uint8 pictures and random numbers: mixing, erasing, model, loss and AdamW.",
+        ]
+    rows = [row for record in measured.records["parity"][-1:] for row in parity_rows(record)]
+    return Table("parity", "Difference from the official code", rows or [{"part": None}], notes)
+
+
+def parity_rows(record: Parity) -> list[Row]:
+    """A row for each comparison and each difference that stays."""
+    found = [(of.part, of.what, of.difference, of.tolerance) for of in record.compared]
+    for run in record.trajectories:
+        precision = run.dtype if run.precision == "float32" else f"ours in {run.precision}"
+        what = f"{len(run.losses)} steps, {precision}, drop path {run.drop_path:g}"
+        tolerance = 1e-10 if run.dtype == "float64" else None
+        found += [
+            ("training", f"{what}: {name}", max(values), tolerance)
+            for name, values in (("loss", run.losses), ("weights", run.weights))
+        ]
+    rows = [
+        {
+            "part": part,
+            "compared": what,
+            "largest difference": f"{difference:.1e}" if difference else "0",
+            "verdict": None if tolerance is None else Verdict("equal" if difference <= tolerance else "unexplained"),
+        }
+        for part, what, difference, tolerance in found
+    ]
+    return rows + [
+        {
+            "part": "departure",
+            "compared": of.what,
+            "largest difference": of.effect,
+            "verdict": Verdict("explained", of.reason),
+        }
+        for of in record.departures
+    ]

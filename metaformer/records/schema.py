@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from metaformer.errors import InputError
 
 __all__ = [
-    *("Benchmark", "Classification", "Contestant", "Detection", "Evaluation", "Faults", "Loading", "Record"),
-    *("Segmentation", "Spread", "Timed", "Training", "parse", "read_record"),
+    *("Benchmark", "Classification", "Contestant", "Detection", "Evaluation", "Faults", "Loading", "Parity"),
+    *("Record", "Segmentation", "Spread", "Timed", "Training", "parse", "read_record"),
 ]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -326,7 +326,48 @@ class Faults(Provenance):
     faults: Annotated[list[Fault], Field(min_length=1)]
 
 
-Record = Classification | Detection | Segmentation | Training | Benchmark | Loading | Faults
+# Parity with the official code
+
+
+class Clone(Part):
+    commit: str | None
+    uncommitted_changes: bool
+
+
+class Compared(Part):
+    part: str
+    what: str
+    difference: Annotated[float, Field(ge=0)]
+    tolerance: Annotated[float, Field(ge=0)]
+    """Up to which the difference counts as none."""
+
+
+class Trajectory(Part):
+    dtype: str
+    precision: str
+    drop_path: float
+    losses: Annotated[list[float], Field(min_length=1)]
+    weights: list[float]
+    """Largest relative difference after each step, as of the losses."""
+
+
+class Departure(Part):
+    what: str
+    reason: str
+    effect: str
+
+
+class Parity(Provenance):
+    kind: Literal["parity"]
+    model: Literal["poolformer"] = "poolformer"
+    """What the file of the record is called by."""
+    official: Clone
+    compared: Annotated[list[Compared], Field(min_length=1)]
+    trajectories: list[Trajectory]
+    departures: list[Departure]
+
+
+Record = Classification | Detection | Segmentation | Training | Benchmark | Loading | Faults | Parity
 SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 

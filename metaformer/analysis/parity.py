@@ -1,0 +1,474 @@
+"""Compares models and training with the official code (github.com/sail-sg/poolformer), imported from a clone as it is.
+
+Its ``main`` and ``train_one_epoch`` run on the CPU. Stand-ins take the place of what they need beyond that: names that
+timm has moved since, CUDA, files, and the loader's processes.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from operator import attrgetter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import numpy as np
+import sklearn.datasets
+import timm.loss
+import timm.optim
+import timm.scheduler
+import torch
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from timm.data.loader import PrefetchLoader
+from timm.data.mixup import rand_bbox
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from metaformer.errors import InputError
+from metaformer.formats import convert
+from metaformer.provenance import git
+from metaformer.training.batches import seed_everything, to_rgb, transform
+from metaformer.training.config import CONFIGS, Config, load_config
+from metaformer.training.data import open_split
+from metaformer.training.distributed import Processes
+from metaformer.training.engine import Trainer
+from metaformer.training.model import build_model, normaliser, with_input_of
+from metaformer.training.recipe import build_erasing, build_mixing, build_optimizer, build_scheduler
+from metaformer.variants import ABLATIONS, VARIANTS
+from metaformer.weights import load_state
+
+REPOSITORY = "https://github.com/sail-sg/poolformer"
+FILES = ("train.py", "models/__init__.py", "models/poolformer.py", "models/metaformer.py")
+MODELS = {name: variant.release for name, variant in VARIANTS.items() if variant.release}
+"""The released architectures under our names and the official ones."""
+DROP_PATH = {"poolformer_s36": "0.2", "poolformer_m36": "0.3", "poolformer_m48": "0.4"}
+"""Of the official README, where it is not 0.1."""
+CPU = torch.device("cpu")
+EXACT, FLOAT64 = 0.0, 1e-10
+"""Largest differences that count as equal."""
+
+Compared = dict[str, Any]
+
+
+def compared(part: str, what: str, difference: float, tolerance: float | None = EXACT) -> Compared:
+    return {"part": part, "what": what, "difference": float(difference), "tolerance": tolerance}
+
+
+# The official code
+
+
+def load_official(clone: Path) -> ModuleType:
+    """The module ``train.py`` of a clone; ``.models`` has its models.
+
+    Raises:
+        InputError: the folder is missing, or is not a whole clone of the official repository.
+    """
+    if not clone.is_dir():
+        raise InputError(f"there is no folder {clone}: give the path of a clone of {REPOSITORY}")
+    if missing := [name for name in FILES if not (clone / name).is_file()]:
+        raise InputError(f"{clone} has no {missing[0]}: give the path of a whole clone of {REPOSITORY}")
+    registry = ModuleType("registry")
+    registry.register_model = lambda function: function  # timm's would put the official models in the place of ours
+    stand_ins = {
+        "timm.models": SimpleNamespace(**{**vars(timm.layers), **vars(timm.models)}),
+        "timm.models.layers": timm.layers,
+        "timm.models.layers.helpers": timm.layers.helpers,
+        "timm.models.registry": registry,
+        **dict.fromkeys(("mmseg", "mmdet", "apex", "wandb")),  # None: cannot be imported
+    }
+    try:
+        with (
+            patch.dict(sys.modules, stand_ins),
+            patch.object(sys, "dont_write_bytecode", True),
+            redirect_stdout(StringIO()),
+        ):
+            for name, file in (("models", "models/__init__.py"), ("train", "train.py")):
+                spec = importlib.util.spec_from_file_location(name, clone / file)
+                sys.modules[name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[name])
+            train = sys.modules["train"]
+        for name in ("main", "train_one_epoch", *(f"models.{name}" for name in MODELS.values())):
+            attrgetter(name)(train)
+    except Exception as error:
+        raise InputError(f"{clone} is no clone of {REPOSITORY} that can be imported: {error}") from error
+    return train
+
+
+def official_model(train: ModuleType, name: str, **options: Any) -> nn.Module:
+    model = getattr(train.models, name)(**{key: value for key, value in options.items() if value is not None})
+    model.pretrained_cfg = model.default_cfg  # the name under which today's timm looks for it
+    return model
+
+
+def run_main(train: ModuleType, arguments: list[str], epoch: Callable, validate: Callable) -> None:
+    """Run the official ``main``; ``epoch`` and ``validate`` get what it gives its ``train_one_epoch`` and ``validate``.
+
+    In place of loaders, these get the arguments of ``create_loader``.
+    """
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    with (
+        TemporaryDirectory() as folder,
+        patch.multiple(
+            train,
+            create_model=lambda name, **options: official_model(train, name, **options),
+            create_loader=lambda _, **options: options,
+            train_one_epoch=epoch,
+            validate=validate,
+            get_outdir=lambda *_: folder,
+            CheckpointSaver=MagicMock(**{"return_value.save_checkpoint.return_value": (0, 0)}),
+            **dict.fromkeys(("setup_default_logging", "create_dataset", "update_summary"), nothing),
+        ),
+        patch.object(sys, "argv", ["train.py", "data", *arguments]),
+        patch.object(nn.Module, "cuda", lambda module: module),
+        patch("torch.cuda.synchronize", nothing),
+        patch.dict("os.environ", WORLD_SIZE="1"),
+    ):
+        train.main()
+
+
+def readme_arguments(name: str) -> list[str]:
+    """As the official README trains a model, without apex."""
+    return ["--model", MODELS[name], "-b", "128", "--lr", "1e-3", "--drop-path", DROP_PATH.get(name, "0.1")]
+
+
+def official_setup(train: ModuleType, name: str) -> SimpleNamespace:
+    """What ``main`` makes: model, optimizer, learning rates by epoch, loss, and the arguments of both loaders."""
+    found = SimpleNamespace(rates=[])
+
+    def epoch(_: int, model: nn.Module, loader: dict, optimizer: Any, loss: nn.Module, *__: Any, **___: Any) -> None:
+        found.model, found.train, found.optimizer, found.loss = model, loader, optimizer, loss
+        found.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def validate(_: nn.Module, loader: dict, *__: Any, **___: Any) -> dict[str, float]:
+        found.eval = loader
+        return {"top1": 0.0}
+
+    run_main(train, readme_arguments(name), epoch, validate)
+    return found
+
+
+def official_loader(pictures: Dataset, options: dict[str, Any]) -> PrefetchLoader:
+    """timm's loader as ``main`` asks for it, in this process; gives ``pictures`` its transform."""
+    return timm.data.create_loader(pictures, **{**options, "num_workers": 0, "device": CPU})
+
+
+def official_batch(loader: PrefetchLoader, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the loader makes of uint8 pictures: mixed, normalised, erased."""
+    with patch("timm.data.mixup.rand_bbox", pinned_box):
+        mixed = loader.loader.collate_fn(list(zip(images.numpy(), labels.tolist(), strict=True)))
+    with patch.object(loader, "loader", [mixed]):
+        return next(iter(loader))
+
+
+def pinned_box(shape: tuple[int, ...], lam: float, margin: float = 0.0, count: int | None = None) -> tuple:
+    """CutMix's box by the rule of the timm that the official README names: an odd side loses a pixel."""
+    sides = []
+    for size in shape[-2:]:
+        half, middle = int(size * np.sqrt(1 - lam)) // 2, np.random.randint(0, size, size=count)
+        sides += [np.clip(middle - half, 0, size), np.clip(middle + half, 0, size)]
+    return tuple(sides)
+
+
+# Comparisons
+
+
+def relative(ours: dict[str, Tensor], official: dict[str, Tensor]) -> float:
+    """The largest difference of two tensors of a name, in units of the official one's norm.
+
+    The unit is at least a thousandth of the largest norm: the gradient of a bias before pooling is 0 but for rounding.
+    """
+    assert ours.keys() == official.keys()
+    norms = {key: of.norm().item() for key, of in official.items()}
+    least = max(norms.values()) / 1000
+    return max((ours[key] - of).norm().item() / max(norms[key], least) for key, of in official.items())
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Draw all parameters large enough to matter; initially, LayerScale hides most of a network."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.normal_(float(not name.endswith("bias")), 0.3)
+
+
+def config_of(name: str) -> Config:
+    """Our recipe at the batch of the official README, with the model's own input."""
+    folder = CONFIGS.parent / "ablations" if name in ABLATIONS else CONFIGS
+    config = load_config([str(folder / f"{name}.yaml"), "global_batch=1024"])
+    return with_input_of(config, timm.create_model(name))
+
+
+def compare_model(train: ModuleType, name: str) -> Iterator[Compared]:
+    """Outputs and gradients in float64 at 224 pixels with the same random weights."""
+    official, ours = official_model(train, MODELS[name]).double(), timm.create_model(name).double()
+    randomise(official)
+    load_state(ours, official.state_dict(), "the official model")
+    images, direction = torch.randn(2, 3, 224, 224, dtype=torch.float64), torch.randn(2, 1000, dtype=torch.float64)
+    outputs = []
+    for model in (ours, official):
+        outputs.append({"logits": model(images)})
+        (outputs[-1]["logits"] * direction).sum().backward()
+    gradients = [{key: of.grad for key, of in model.named_parameters()} for model in (ours, official)]
+    yield compared(name, "logits", relative(*outputs), FLOAT64)
+    yield compared(name, "gradients of all parameters", relative(gradients[0], convert(gradients[1])), FLOAT64)
+    if name not in ABLATIONS:  # the official ablations are classifiers only
+        from metaformer.mm.backbone import MetaFormerBackbone
+
+        official, ours = official_model(train, name, fork_feat=True).double(), MetaFormerBackbone(name).double()
+        randomise(official)
+        ours.load_state_dict(official.state_dict())
+        with torch.no_grad():
+            levels = [dict(enumerate(model(images))) for model in (ours, official)]
+        yield compared(name, "dense features", relative(*levels), FLOAT64)
+
+
+def compare_setup(train: ModuleType, name: str, root: Path) -> Iterator[Compared]:
+    """What training starts with, and what evaluation makes of the pictures in ``root``."""
+    config, official = config_of(name), official_setup(train, name)
+    torch.manual_seed(42)  # as main does
+    model = build_model(config, 1000)
+    ours, theirs = model.state_dict(), convert(official.model.state_dict())
+    if VARIANTS[name].release.endswith("224"):  # our mixers draw their weights in another order
+        errors = [spread_error(ours[key], of) for key, of in theirs.items()]
+        yield compared("recipe", "spread of the hybrids' initial weights, in standard errors", max(errors), 5)
+    else:
+        yield compared("recipe", "initial weights with the same seed", relative(ours, theirs))
+    optimizer = build_optimizer(config, model, 1e-3)
+    decays = [decay_by_name(optimizer, model), convert(decay_by_name(official.optimizer, official.model))]
+    different = sum(decays[0][key] != of for key, of in decays[1].items())
+    yield compared("recipe", "parameters with another weight decay", different)
+    rates = [
+        [getattr(of.drop_path, "drop_prob", 0.0) for of in each.modules() if hasattr(of, "token_mixer")]
+        for each in (model, official.model)
+    ]
+    yield compared("recipe", "drop path of the blocks", np.abs(np.subtract(*rates)).max())
+    pictures = timm.data.create_dataset("", root=root, split="val")
+    loaded = torch.cat([images for images, _ in official_loader(pictures, official.eval)])
+    prepared = [transform(config, is_training=False)(picture(pictures, i)) for i in range(len(pictures))]
+    prepared = normaliser(config, CPU)(torch.stack(prepared))
+    yield compared("recipe", "pixels of evaluated pictures, normalised", (prepared - loaded).abs().max())
+
+
+def spread_error(ours: Tensor, official: Tensor) -> float:
+    """The difference of the standard deviations of two draws, in standard errors.
+
+    About one in ten million weights that timm's ``trunc_normal_`` draws is 2 or -2, where 0.02 is asked for; such
+    weights are taken for 0.1.
+    """
+    if official.std(correction=0) == 0:
+        return 0.0 if torch.equal(ours, official) else float("inf")
+    ratio = ours.clamp(-0.1, 0.1).std() / official.clamp(-0.1, 0.1).std()
+    return ((ratio - 1).abs() * official.numel() ** 0.5).item()
+
+
+def decay_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
+    names = {of: key for key, of in model.named_parameters()}
+    return {names[of]: group["weight_decay"] for group in optimizer.param_groups for of in group["params"]}
+
+
+def picture(dataset: Any, index: int) -> Image.Image:
+    file, _ = dataset.reader[index]
+    with file:
+        return to_rgb(Image.open(file))
+
+
+def compare_recipe(train: ModuleType, root: Path) -> Iterator[Compared]:
+    """PoolFormer-S12's schedule, optimizer, augmentation, Mixup and CutMix, erasing and loss, from the same draws."""
+    config, official = config_of("poolformer_s12"), official_setup(train, "poolformer_s12")
+    optimizer = build_optimizer(config, build_model(config, 1000), config.base_lr * config.global_batch / 1024)
+    keys = ("betas", "eps", "amsgrad", "maximize")
+    settings = [[group[key] for group in of.param_groups for key in keys] for of in (optimizer, official.optimizer)]
+    same = type(optimizer) is type(official.optimizer) and settings[0] == settings[1]
+    yield compared("recipe", "kind of optimizer, betas and epsilon (0: same)", not same)
+    scheduler, epochs = build_scheduler(config, optimizer, steps=1251)
+    rates = []
+    for number in range(epochs):
+        scheduler.step(number)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    same = len(official.rates) == epochs
+    difference = np.max(np.abs(np.divide(rates, official.rates) - 1)) if same else np.inf
+    yield compared("recipe", f"learning rate of each of the {epochs} epochs, relative", difference)
+
+    pictures, batches, size = timm.data.create_dataset("", root=root, split="val"), 40, 8
+    loader, ours, drawn = official_loader(pictures, official.train), transform(config, is_training=True), []
+    for number in range(batches * size):
+        each = []
+        for of in (ours, loader.dataset.transform):
+            seed_everything(number)
+            each.append(of(picture(pictures, number % len(pictures))))
+        drawn.append(each)
+    drawn = torch.stack([torch.stack(each) for each in drawn]).int()
+    yield compared("recipe", f"pixels of {len(drawn)} augmented pictures", (drawn[:, 0] - drawn[:, 1]).abs().max())
+
+    mix, normalise, erase = build_mixing(config, 1000), normaliser(config, CPU), build_erasing(config, CPU)
+    differences, losses = [], []
+    for number, images in enumerate(drawn[:, 0].to(torch.uint8).split(size)):
+        labels = torch.arange(number, number + size)
+        seed_everything(number)
+        theirs, their_targets = official_batch(loader, images, labels)
+        seed_everything(number)
+        images, targets = mix(images, labels)
+        images = erase(normalise(images))
+        differences.append([(images - theirs).abs().max(), (targets - their_targets).abs().max()])
+        logits = torch.randn(size, 1000, dtype=torch.float64)
+        loss, of = F.cross_entropy(logits, targets.double()), official.loss(logits, their_targets)
+        losses.append((loss / of - 1).abs())
+    pixels, targets = map(max, zip(*differences, strict=True))
+    yield compared("recipe", f"pixels of {batches} batches after Mixup or CutMix, normalisation and erasing", pixels)
+    yield compared("recipe", "their targets", targets)
+    yield compared("recipe", "their losses from random logits, relative", max(losses), FLOAT64)
+
+
+def compare_trajectory(
+    train: ModuleType, root: Path, dtype: torch.dtype, drop_path: float, precision: str = "float32"
+) -> dict[str, Any]:
+    """Run the official training loop, and before each of its steps ours on the same pictures with the same draws.
+
+    PoolFormer-S12 starts with the official initial weights and trains at 64 pixels for 20 epochs of 3 steps with 8
+    pictures: 5 of warmup, 5 of the cosine, 10 of cooldown. The record has the relative differences after each step.
+    """
+    step_of_official, (losses, weights) = train.train_one_epoch, ([], [])
+    small = {"img_size": 64, "global_batch": 8, "device_batch": 8, "epochs": 10, "lr": 1e-3, "drop_path": drop_path}
+    place = {"data_dir": str(root), "output": str(root / f"run-{dtype}-{drop_path}-{precision}"), "workers": 0}
+    config = config_of("poolformer_s12").model_copy(update={**small, **place, "precision": precision})
+    trainer = Trainer(config, Processes(CPU))
+
+    def epoch(number: int, model: nn.Module, options: dict, optimizer: Any, loss: nn.Module, *args: Any, **more: Any):
+        if number == 0:
+            load_state(trainer.model, model.state_dict(), "the official model")
+            for each in (model, trainer.model):
+                each.to(dtype).register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
+        trainer.progress.epoch, trainer.progress.step = number, 0
+        trainer.scheduler.step(number)
+        trainer.parallel.train()
+        loader = official_loader(open_split(config, "validation", workers=0), options)
+        official: list[float] = []
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for step, batch in enumerate(trainer.epoch_batches()):
+                trainer.progress.step = step
+                trainer.loss_sum.zero_()
+                trainer.optimizer_step(iter([batch]))
+                seed_everything(config.seed, number, step, 0)  # as our step does
+                yield official_batch(loader, *batch)  # the official step follows
+                losses.append(abs(trainer.loss_sum.item() / official[-1] - 1))
+                weights.append(relative(trainer.model.state_dict(), convert(model.state_dict())))
+
+        def noted(output: Tensor, target: Tensor) -> Tensor:
+            value = loss(output, target)
+            official.append(value.item())
+            return value
+
+        given = MagicMock(__len__=lambda _: trainer.steps, __iter__=lambda _: batches())
+        step_of_official(number, model, given, optimizer, noted, *args, **more)
+
+    arguments = ["-b", "8", "--epochs", "10", "--img-size", "64", "--num-classes", str(trainer.data.num_classes)]
+    arguments = [*readme_arguments("poolformer_s12"), *arguments, "--drop-path", str(drop_path)]
+    run_main(train, arguments, epoch, lambda *_, **__: {"top1": 0.0})
+    kind = str(dtype).removeprefix("torch.")
+    return {"dtype": kind, "precision": precision, "drop_path": drop_path, "losses": losses, "weights": weights}
+
+
+def measure(clone: Path, folder: Path | None = None) -> dict[str, Any]:
+    """The record of all comparisons (:class:`metaformer.records.Parity`), without its provenance.
+
+    Args:
+        clone: the official repository.
+        folder: pictures to prepare; ``None`` for three that matplotlib and scikit-learn ship.
+
+    Raises:
+        InputError: as :func:`load_official`, or there are no pictures.
+    """
+    train, pictures = load_official(clone), pictures_in(folder)
+    torch.manual_seed(0)
+    models = [row for name in tqdm(MODELS, desc="models", disable=None) for row in compare_model(train, name)]
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        for split, images in (("train", 24), ("val", max(len(pictures), 4))):
+            for i in range(images):
+                path = Path(pictures[i % len(pictures)]).resolve()
+                link = root / split / str(i % 4) / f"{i:05d}{path.suffix}"
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+        setups = [row for name in tqdm(MODELS, desc="setups", disable=None) for row in compare_setup(train, name, root)]
+        largest = {row["what"]: row for row in sorted(setups, key=lambda row: row["difference"])}
+        recipe = [*largest.values(), *compare_recipe(train, root)]
+        runs = [(torch.float64, 0.0), (torch.float64, 0.1), (torch.float32, 0.1), (torch.float32, 0.1, "bfloat16")]
+        trajectories = [compare_trajectory(train, root, *run) for run in tqdm(runs, desc="trajectories", disable=None)]
+    return {
+        "kind": "parity",
+        "official": {
+            "commit": git("-C", str(clone.resolve()), "rev-parse", "HEAD") if (clone / ".git").exists() else None,
+            "uncommitted_changes": bool(git("-C", str(clone.resolve()), "status", "--porcelain")),
+        },
+        "pictures": len(pictures),
+        "compared": [*models, *recipe],
+        "trajectories": trajectories,
+        "departures": departures(trajectories),
+    }
+
+
+def pictures_in(folder: Path | None) -> list[Path]:
+    if folder is None:
+        images = Path(sklearn.datasets.__file__).parent / "images"
+        return [images / "china.jpg", images / "flower.jpg", get_sample_data("grace_hopper.jpg", asfileobj=False)]
+    endings = {".png", ".jpg", ".jpeg", ".JPEG"}
+    if not (found := sorted(path for path in folder.rglob("*") if path.suffix in endings)):
+        raise InputError(f"there are no pictures in {folder}: give a folder with JPEG or PNG files")
+    return found
+
+
+def departures(trajectories: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The differences that stay, each with its reason and what it comes to."""
+    np.random.seed(0)
+    areas = np.zeros(2)
+    for lam in np.random.rand(100_000):
+        for i, box in enumerate((rand_bbox, pinned_box)):
+            top, bottom, left, right = box((224, 224), lam)
+            areas[i] += (bottom - top) * (right - left) / 224**2 / 1000
+    config = load_config([str(CONFIGS / "poolformer_s12.yaml")])
+    *_, float32, bfloat16 = (max(of["losses"]) for of in trajectories)
+    return [
+        {
+            "what": f"batch of {config.global_batch}; the README's command has 1024",
+            "reason": "section 4.1 of the paper; global_batch=1024 gives the README's, which is what is compared above",
+            "effect": f"peak learning rate {config.base_lr * config.global_batch / 1024:g} instead of 0.001",
+        },
+        {
+            "what": "bfloat16 on GPUs; the README's command has apex with float16",
+            "reason": "apex.amp is deprecated, and bfloat16 needs no scaling of the loss",
+            "effect": f"loss within {bfloat16:.1e}, in float32 within {float32:.1e} (autocast on a CPU)",
+        },
+        {
+            "what": "random numbers follow from seed, epoch, step and picture; the script's from its processes",
+            "reason": "a run that was interrupted continues exactly, on any number of devices and loader processes",
+            "effect": "other draws from the same distributions: with the same draws, all pixels are equal",
+        },
+        {
+            "what": "an unreadable picture stops the run, or is left out; timm's loader takes the next one",
+            "reason": "a damaged data set is not trained on in silence",
+            "effect": "none where every picture can be read",
+        },
+        {
+            "what": "every validation picture counts once; the script pads the shares of several GPUs",
+            "reason": "the accuracy is that of the data set",
+            "effect": "none for 50,000 pictures on 8 GPUs, whose shares are equal",
+        },
+        {
+            "what": "CutMix boxes of the timm that the README pins (commit 9d6aad4), with the script on today's timm",
+            "reason": "the pinned timm shortens a box with an odd side by a pixel, and today's does not",
+            "effect": f"a box has {areas[1]:.2f} % of the picture on average, today's {areas[0]:.2f} %",
+        },
+    ]
