@@ -100,8 +100,8 @@ class Pair(NamedTuple):
 class Verdict(NamedTuple):
     """The outcome of a comparison, with the reason.
 
-    A computed figure is equal, explained, unexplained or not built. A claim is true or false. A statement holds, fails,
-    is undecided or is not run.
+    A computed figure is equal, explained or unexplained. A claim is true or false. A statement holds, fails, is
+    undecided or is not run.
     """
 
     kind: str
@@ -134,7 +134,7 @@ class Table(NamedTuple):
         if computed := sum(kinds[kind] for kind in ("equal", "explained", "unexplained")):
             detail = ", ".join(f"{kinds[kind]} {kind}" for kind in ("equal", "explained", "unexplained"))
             parts.append(f"{computed} cells computed ({detail})")
-        others = ("not built", "true", "false", "holds", "fails", "undecided", NOT_RUN)
+        others = ("true", "false", "holds", "fails", "undecided", NOT_RUN)
         parts += [f"{kinds[kind]} {kind}" for kind in others if kinds[kind]]
         if values:
             missing = values.count(None)

@@ -26,7 +26,7 @@ def builds_of(tables: list[str]) -> list[str]:
     """The models whose parameters and MACs appear in these tables."""
     counted = {name: (name,) for name in BUILT} | {"claims": ("table2", "table5")}
     rows = [row for name in tables for table in counted.get(name, ()) for row in rows_of(table)]
-    return list(dict.fromkeys(row["build"] for row in rows if "build" in row))
+    return list(dict.fromkeys(row["build"] for row in rows))
 
 
 def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) -> dict[Path, str]:
