@@ -6,6 +6,7 @@ import shutil
 from decimal import Decimal
 from pathlib import Path
 
+import modelindex
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from conftest import ROOT
 from metaformer import ABLATIONS, POOLFORMERS, InputError, open_checkpoint, records
 from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, tables
 from metaformer.analysis.baselines import WindowMLP
+from metaformer.training.config import load_config
 
 PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
 TABLES = [name for name in PAPER if name.startswith("table")]
@@ -210,6 +212,25 @@ def test_count_prints_and_gives_json(command):
     assert "frozen" in out
     status, out, _ = command("analysis/count.py", "metaformer_s12_random", "--size", 64, "--json")
     assert json.loads(out)["frozen"] == 2 * 256**2 + 2 * 64**2 + 6 * 16**2 + 2 * 4**2
+
+
+# The metafile
+
+
+def test_openmmlabs_reader_takes_the_metafile():
+    index = modelindex.load(str(ROOT / "model-index.yml"))
+    assert index.check(silent=True) == []
+    index.build_models_with_collections()
+    models = {model.name: model for model in index.models}
+    assert models.keys() == POOLFORMERS.keys() | ABLATIONS.keys()
+    for name, model in models.items():
+        assert load_config([str(ROOT / model.config), "data_dir=data"]).model == name
+        assert model.metadata.parameters == sum(p.numel() for p in timm.create_model(name).parameters())
+        assert model.data.get("Weights", "") == timm.get_pretrained_cfg(name).url
+    # mmpretrain's metafile of these models; its FLOPs are by another count.
+    published = {"s12": 11915176, "s24": 21388968, "s36": 30862760, "m36": 56172520, "m48": 73473448}
+    assert {size: models[f"poolformer_{size}"].metadata.parameters for size in published} == published
+    assert models["poolformer_s12"].results[0].metrics["Top 1 Accuracy"] == 77.2
 
 
 # The paper as data

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from metaformer.analysis.cells import Table
 from metaformer.analysis.measured import Measured
+from metaformer.analysis.metafile import metafile
 from metaformer.analysis.paper import BUILT, ROOT, rows_of
 from metaformer.analysis.readme import sections
 from metaformer.analysis.render import render, with_section
@@ -43,4 +44,6 @@ def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) ->
             if row["build"] in ABLATIONS:
                 path = ROOT / f"configs/ablations/{row['build']}.yaml"
                 files[path] = ablation_config(row["build"], row["top1"])
+    if complete:
+        files[ROOT / "configs/classification/metafile.yml"] = metafile()
     return files
