@@ -117,6 +117,12 @@ class Counted(NamedTuple):
     verdict: Verdict | None = None
 
 
+def places(row: Row) -> list[Measurement]:
+    """The cells for values that must be measured."""
+    cells = [cell.here if isinstance(cell, Pair) else cell for cell in row.values()]
+    return [cell for cell in cells if isinstance(cell, Measurement)]
+
+
 class Table(NamedTuple):
     name: str
     title: str
@@ -128,8 +134,7 @@ class Table(NamedTuple):
         cells = [cell for row in self.rows for cell in row.values()]
         verdicts = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
         kinds = Counter(verdict.kind for verdict in verdicts if isinstance(verdict, Verdict))
-        places = [cell.here if isinstance(cell, Pair) else cell for cell in cells]
-        values = [place.value for place in places if isinstance(place, Measurement)]
+        values = [place.value for row in self.rows for place in places(row)]
         parts = [f"{len(self.rows)} rows"]
         if computed := sum(kinds[kind] for kind in ("equal", "explained", "unexplained")):
             detail = ", ".join(f"{kinds[kind]} {kind}" for kind in ("equal", "explained", "unexplained"))

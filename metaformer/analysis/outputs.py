@@ -1,4 +1,4 @@
-"""Generate all files that are made from data: tables, README sections, and the recipes of Table 5."""
+"""Generate all files that are made from data: tables, the report, README sections, recipes and the metafile."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from metaformer.analysis.metafile import metafile
 from metaformer.analysis.paper import BUILT, ROOT, rows_of
 from metaformer.analysis.readme import sections
 from metaformer.analysis.render import render, with_section
+from metaformer.analysis.report import report
 from metaformer.analysis.speed import cost, loader, speed
 from metaformer.analysis.studies import conclusions, faults, proxy
 from metaformer.analysis.tables import claims, table1, table2, table3, table4, table5, table6, table7
@@ -46,4 +47,5 @@ def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) ->
                 files[path] = ablation_config(row["build"], row["top1"])
     if complete:
         files[ROOT / "configs/classification/metafile.yml"] = metafile()
+        files[ROOT / "analysis/report.html"] = report(tables, measured)
     return files
