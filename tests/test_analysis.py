@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+from base64 import b64decode
 from decimal import Decimal
+from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import modelindex
 import numpy as np
@@ -22,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT
 from metaformer import ABLATIONS, POOLFORMERS, InputError, open_checkpoint, records
-from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, tables
+from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, report, tables
 from metaformer.analysis.baselines import WindowMLP
 from metaformer.training.config import load_config
 
@@ -212,6 +215,105 @@ def test_count_prints_and_gives_json(command):
     assert "frozen" in out
     status, out, _ = command("analysis/count.py", "metaformer_s12_random", "--size", 64, "--json")
     assert json.loads(out)["frozen"] == 2 * 256**2 + 2 * 64**2 + 6 * 16**2 + 2 * 4**2
+
+
+# The report
+
+
+class Page(HTMLParser):
+    """Tables as {id of their section: rows of texts, the heading's first}; states of rows; addresses; all ids."""
+
+    EMPTY = ("meta", "img", "input", "br")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tables, self.states, self.addresses, self.ids, self.cell = [], {}, {}, [], [], None
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.addresses += [attributes[name] for name in ("src", "href") if name in attributes]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        if tag == "section":
+            self.section = attributes["aria-labelledby"]
+        elif tag == "tr":
+            self.tables.setdefault(self.section, []).append([])
+            self.states.setdefault(self.section, []).append(attributes.get("data-state"))
+        elif tag in ("th", "td"):
+            assert attributes.get("scope", "col") == ("row" if not self.tables[self.section][-1] and
+                                                      len(self.tables[self.section]) > 1 else "col")  # fmt: skip
+            self.cell = ""
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in ("path", "polyline")  # in SVG only; HTML ignores the slash
+
+    def handle_data(self, text):
+        if self.cell is not None:
+            self.cell += text
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag in ("th", "td"):
+            self.tables[self.section][-1].append(self.cell)
+            self.cell = None
+
+
+def test_the_report_has_the_tables_and_needs_nothing_else():
+    text = (ROOT / "analysis/report.html").read_text()
+    page = Page(text)
+    assert page.tables.keys() == outputs.TABLES.keys()
+    for name, rows in page.tables.items():
+        lines = (ROOT / f"analysis/tables/{name}.md").read_text().splitlines()
+        head, _, *body = [line for line in lines if line.startswith("|")]
+        assert rows == [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *body)], name
+    assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in page.addresses)
+    assert {address[1:] for address in page.addresses if address[0] == "#"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|://", text)
+    images = [b64decode(address.partition(",")[2]) for address in page.addresses if address.startswith("data:")]
+    assert images == [(ROOT / f"analysis/figures/{name}.svg").read_bytes() for name in figures.FIGURES]
+
+
+def test_the_report_tells_measured_rows():
+    page = Page((ROOT / "analysis/report.html").read_text())
+    summaries = re.findall(r"^- (\w+): (.*)", (ROOT / "analysis/README.md").read_text(), re.MULTILINE)
+    for name, summary in summaries:
+        found = [page.states[name].count(state) for state in ("measured", "not run")]
+        kinds = {kind: int(count) for count, kind in re.findall(r"(\d+) ([a-z ]+)", summary)}
+        if name == "table3":  # several cells a row, and none has a record yet or some have
+            assert sum(found) == kinds["rows"]
+        elif name == "conclusions":
+            assert found == [kinds["rows"] - kinds.get("not run", 0), kinds.get("not run", 0)]
+        else:
+            assert found == [kinds.get("measured", 0), kinds.get("not run", 0)], name
+
+
+def test_curves_of_a_study_in_the_report():
+    """A run in two panels where it is the baseline's; the scale ends at tens around all values."""
+    epochs = [[40.0, 50.0, 55.0], [20.0, 30.0, 35.0], []]
+    runs = [("baseline", 0, "finished"), ("identity", 0, "finished"), ("identity", 1, "diverged")]
+    records_ = [
+        SimpleNamespace(
+            settings=SimpleNamespace(row=row), curve=[SimpleNamespace(top1=value) for value in values], status=status
+        )
+        for (row, _, status), values in zip(runs, epochs, strict=True)
+    ]
+    results = SimpleNamespace(
+        study=SimpleNamespace(title="A study"),
+        records=records_,
+        top1={"baseline": {0: 55.0}, "identity": {0: 35.0, 1: 10.0}},
+        diverged={"baseline": 0, "identity": 1},
+    )
+    drawn = report.study("small", results)
+    assert (drawn["low"], drawn["high"], drawn["last"]) == (20, 60, 3)
+    baseline, identity = drawn["panels"]
+    assert baseline["lines"] == baseline["baseline"] == identity["baseline"] == ["0.0,50.0 100.0,25.0 200.0,12.5"]
+    assert identity["lines"] == ["0.0,100.0 100.0,75.0 200.0,62.5"]
+    assert (identity["top1"], identity["diverged"]) == ("35.0, 10.0", 1)
 
 
 # The metafile
