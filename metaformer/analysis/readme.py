@@ -156,7 +156,7 @@ def conclusions(measured: Measured) -> str:
     lines = []
     for name, results in measured.studies.items():
         kinds = Counter(each.verdict.kind for each in judged(measured) if each.study == name)
-        corrected = Counter(each.after_holm.kind for each in judged(measured) if each.study == name)
+        corrected = Counter(each.after_holm for each in judged(measured) if each.study == name)
         lines.append(f"- {cost_of(name, results)}")
         lines.append(
             f"- {name}: of {sum(kinds.values())} statements, {kinds['holds']} hold, {kinds['fails']} fail, "
