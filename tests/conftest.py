@@ -104,4 +104,4 @@ def wait_for(file: Path, seconds: float = 120) -> None:
     deadline = time.time() + seconds
     while not file.exists():
         assert time.time() < deadline, f"{file} did not appear"
-        time.sleep(0.1)
+        time.sleep(0.02)
