@@ -2,6 +2,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,7 +37,7 @@ EVERYTHING_RANDOM = [
 ]
 
 
-def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: str = "abc") -> Path:
+def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: Sequence[str] = "abc") -> Path:
     """Class folders of pictures of odd sizes; each class has a colour, so that there is something to learn."""
     rng = np.random.default_rng(0)
     for split, images in (("train", train_images), ("val", val_images)):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import torch
 import yaml
 
 from conftest import EVERYTHING_RANDOM, TINY, draw, run_script, wait_for
-from metaformer.training import slurm
+from metaformer.training import distributed, slurm
 from metaformer.training.config import load_config
+from metaformer.training.distributed import Processes
 from metaformer.weights import read_checkpoint
 from oracles import relative_error
 from pairs import Script, Signal, pair
@@ -120,6 +122,24 @@ def test_a_killed_process_is_reported_and_the_last_checkpoint_stays(launched, tm
     status, _, err = launcher.ended()
     assert (status, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > 0
+
+
+def test_a_preempted_job_is_queued_again_when_the_run_has_saved(tmp_path):
+    job = slurm.TrainingJob(["--resume"], gpus=2)
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    saving = f"trap 'sleep 0.5; touch {saved}; exit 143' TERM; touch {ready}; while true; do sleep 0.02; done"
+    job.process = subprocess.Popen(["bash", "-c", saving])
+    wait_for(ready)
+    delayed = job.checkpoint()
+    assert saved.exists()
+    assert vars(delayed.function) == {"arguments": ["--resume"], "gpus": 2, "process": None}
+    assert job.process.wait() == 143
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(distributed, "cores", lambda: 9)
+    workers = [Processes(torch.device("cpu"), local_world=number).default_workers() for number in (1, 2, 4, 16)]
+    assert workers == [9, 4, 2, 1]
 
 
 def test_a_preempted_slurm_job_continues(pictures, tmp_path, monkeypatch):
