@@ -1,3 +1,4 @@
+import gc
 import os
 import runpy
 import sys
@@ -35,6 +36,11 @@ EVERYTHING_RANDOM = [
     "drop=0.2",
     "ema_decay=0.9",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look again and again at what the imports have made."""
+    gc.freeze()
 
 
 def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: Sequence[str] = "abc") -> Path:
