@@ -98,7 +98,7 @@ class Script:
 
     def ended(self) -> tuple[int | None, str, str]:
         """The exit status, what it printed, and its errors."""
-        self.process.join(120)
+        self.process.join(300)
         status = self.poll()
         self.process.kill()
         return status, self.out.read_text(), self.err.read_text()
