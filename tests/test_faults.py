@@ -468,6 +468,22 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_pat
     assert same_weights(whole, tmp_path / "killed")
 
 
+def test_a_loader_process_is_named_once_where_pytorch_notices_late():
+    """After the connection has broken, its handler of SIGCHLD raises in whatever the main process does next."""
+
+    def notice(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    earlier = signal.signal(signal.SIGALRM, notice)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(MachineError, match=r"has died .*reset by peer"), loader.naming_killed_loaders():
+            raise ConnectionResetError(104, "Connection reset by peer")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_broken_connection_to_a_loader_process_is_one_that_died(error):
     with (

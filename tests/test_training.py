@@ -23,6 +23,7 @@ from metaformer import InputError
 from metaformer.training import batches, recipe
 from metaformer.training import engine as train
 from metaformer.training.config import CONFIGS, load_config
+from metaformer.training.data import class_names
 from metaformer.training.model import with_input_of
 from metaformer.weights import read_checkpoint
 from test_model import PARAMETERS
@@ -175,7 +176,7 @@ def test_what_is_random_about_a_picture_follows_from_seed_epoch_and_index(pictur
     config = load_config(["img_size=32"])
     config = with_input_of(config, timm.create_model(config.model))
     folders = torchvision.datasets.ImageFolder(pictures / "train")
-    one, same, other = (data.Images(folders, data.transform(config, True), seed) for seed in (0, 0, 1))
+    one, same, other = (batches.Images(folders, batches.transform(config, True), seed) for seed in (0, 0, 1))
     drawn = {key: one[key][0] for key in ((0, 3), (1, 3), (2, 3))}
     assert all((same[key][0] == drawn[key]).all() for key in reversed(drawn))
     assert len({pixels.numpy().tobytes() for pixels in (*drawn.values(), other[0, 3][0])}) == 4
@@ -184,7 +185,7 @@ def test_what_is_random_about_a_picture_follows_from_seed_epoch_and_index(pictur
 def test_class_names_are_in_the_order_of_the_labels(tmp_path):
     """timm sorts folders by the numbers in their names."""
     dataset = create_dataset("", root=str(draw(tmp_path, classes=["10", "9", "2"])), split="train")
-    names = data.class_names(dataset)
+    names = class_names(dataset)
     assert names == ["2", "9", "10"]
     assert all(names[dataset[i][1]] == Path(dataset.filename(i)).parts[0] for i in range(len(dataset)))
 
