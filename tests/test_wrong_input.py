@@ -2,12 +2,14 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conftest import ROOT, TINY, draw, trained
 from metaformer import InputError
@@ -236,15 +238,22 @@ def test_two_processes_that_fail_print_one_line(pictures, tmp_path):
     assert error.startswith("error: cannot use the picture")
 
 
-def test_the_traceback_is_printed_if_asked_for(tmp_path, monkeypatch, command):
-    monkeypatch.setenv("METAFORMER_TRACEBACK", "1")
+def test_the_traceback_is_printed_if_asked_for(tmp_path, monkeypatch, command, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METAFORMER_TRACEBACK", "1")
     status, _, error = command("classification/train.py", "nowhere.yaml")
-    assert status == 2
-    assert error.startswith("Traceback")
-    status, _, error = Script("classification/launch.py", ["nowhere.yaml"], tmp_path, GPUS="2").ended()
-    assert status == 2
-    assert error.startswith("Traceback")
+    assert (status, error.startswith("Traceback")) == (2, True)
+    # As one of several processes: torchrun's file takes the error, which the launcher prints.
+    file = tmp_path / "error.json"
+    worker = Script("classification/train.py", ["nowhere.yaml"], tmp_path, TORCHELASTIC_ERROR_FILE=str(file))
+    assert worker.ended() == (2, "", "")
+    failure = ChildFailedError("train.py", {1: ProcessFailure(1, worker.pid, 2, str(file))})
+    report = runpy.run_path(str(ROOT / "classification/launch.py"))["report"]
+    assert report(failure) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+    monkeypatch.delenv("METAFORMER_TRACEBACK")
+    assert report(failure) == 2
+    assert capsys.readouterr().err.startswith("error: there is no config nowhere.yaml: give")
 
 
 def test_wrong_environment_of_the_launcher(tmp_path):
