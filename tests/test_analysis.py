@@ -174,6 +174,13 @@ def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
     assert count.cached_count("a")["learnable"] == 3
     monkeypatch.setattr(count, "installed", lambda: {"fvcore": "0.0"})
     assert count.cached_count("a")["learnable"] == 4
+    shutil.copytree(ROOT / "configs/detection", tmp_path / "configs/detection")
+    config = "configs/detection/retinanet_poolformer-s12_fpn_8xb2-1x_coco.py"
+    assert [count.cached_count(config)["learnable"] for _ in range(2)] == [5, 5]
+    for number, file in enumerate([config, "configs/detection/_base_/coco_1x.py"], start=6):
+        with (tmp_path / file).open("a") as text:
+            text.write("# changed\n")
+        assert count.cached_count(config)["learnable"] == number
 
 
 @pytest.mark.parametrize(
