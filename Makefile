@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := .venv/.installed
 OPS := mmcv-torchvision-ops
 
-.PHONY: install demo test faults tables lint
+.PHONY: install demo test faults tables lint lock
 
 install: $(READY)
 
@@ -39,3 +39,16 @@ tables: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# requirements.lock from requirements.txt: every package with the hashes of its files, at the newest versions that fit.
+lock: $(READY)
+	$(PIP) uv
+	@{ printf '# %s\n' \
+	    'Written by "make lock" for CPython 3.11 on Linux (x86-64): all packages of requirements.txt and what they need,' \
+	    'without the two folders of this repository and with opencv-python-headless alone. To install it:' \
+	    '  pip install --require-hashes --no-deps -r requirements.lock' \
+	    '  pip install --no-build-isolation --no-deps -e . ./$(OPS)'; \
+	  $(BIN)/uv pip compile requirements.txt --quiet --generate-hashes --python-version 3.11 --python-platform linux \
+	    --no-header --no-annotate --no-emit-index-url --no-emit-package metaformer --no-emit-package $(OPS) \
+	    --no-emit-package opencv-python; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock

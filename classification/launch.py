@@ -2,6 +2,7 @@
 
 import logging
 import os
+import runpy
 import shlex
 import signal
 import sys
@@ -38,9 +39,13 @@ def main() -> int:
         raise InputError(f"GPUS={processes}, but this machine shows {gpus}")
     os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/dist_train.sh", *arguments])
     os.environ["METAFORMER_START"] = f"{datetime.now():%Y%m%d-%H%M%S}"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, cores() // processes)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)  # of this process, which has read the environment before
     if (processes == nodes == 1 and not restarts) or {"-h", "--help"} & set(arguments):
-        os.execv(sys.executable, [sys.executable, str(TRAIN), *arguments])
+        # Here and not in a process of its own, which would take seconds to import the same modules again.
+        runpy.run_path(str(TRAIN), run_name="__main__")
 
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     options = [f"--nnodes={nodes}", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]

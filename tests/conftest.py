@@ -1,7 +1,9 @@
+import gc
 import os
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,7 +38,12 @@ EVERYTHING_RANDOM = [
 ]
 
 
-def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: str = "abc") -> Path:
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look again and again at what the imports have made."""
+    gc.freeze()
+
+
+def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: Sequence[str] = "abc") -> Path:
     """Class folders of pictures of odd sizes; each class has a colour, so that there is something to learn."""
     rng = np.random.default_rng(0)
     for split, images in (("train", train_images), ("val", val_images)):
@@ -104,4 +111,4 @@ def wait_for(file: Path, seconds: float = 120) -> None:
     deadline = time.time() + seconds
     while not file.exists():
         assert time.time() < deadline, f"{file} did not appear"
-        time.sleep(0.1)
+        time.sleep(0.02)

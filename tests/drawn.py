@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mmengine.config
 import numpy as np
 from mmdet.visualization import DetLocalVisualizer
 from mmseg.visualization import SegLocalVisualizer
@@ -12,6 +13,10 @@ from conftest import ROOT
 
 SHAPES = ("square", "disc")
 SCENES = ("sky", "ground", "house")
+
+
+# mmengine formats the text of a config for each log and copy of it, which takes a second.
+mmengine.config.config.FormatCode = lambda text, **_: (text, True)
 
 
 def forget_visualizers() -> None:

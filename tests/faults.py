@@ -17,10 +17,10 @@ import logging
 import os
 import pickle
 import resource
+import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -396,23 +396,22 @@ def one_of_two(lab: Lab, rng: np.random.Generator, folder: Path) -> bool:
     output, undisturbed = folder / "run", lab.two_processes
     settings = [f"data_dir={lab.pictures}", f"output={output}", *VARIANTS["plain"]]
     epochs, worker, wait = int(rng.integers(0, 3)), int(rng.integers(0, 2)), float(rng.uniform(0, 0.2))
-    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as error:
-        launcher = subprocess.Popen(
-            ["bash", str(ROOT / "classification" / "dist_train.sh"), str(lab.root / "empty.yaml"), *settings],
-            env={**os.environ, "PYTHON": sys.executable, "GPUS": "2", "RESTARTS": "1"},
-            stdout=out,
-            stderr=error,
-            start_new_session=True,
-        )
+
+    def work() -> None:
+        os.environ.update(GPUS="2", RESTARTS="1")
+        sys.argv = ["launch.py", str(lab.root / "empty.yaml"), *settings]
+        runpy.run_path(str(ROOT / "classification" / "launch.py"), run_name="__main__")
+
+    launcher = start(work, folder)
     deadline = time.monotonic() + SECONDS
-    while not (len(workers := workers_of(launcher.pid)) == 2 and epochs_in(output) >= epochs):
-        if launcher.poll() is not None or time.monotonic() > deadline:
-            kill_group(launcher.pid)
+    while not (len(workers := workers_of(launcher)) == 2 and epochs_in(output) >= epochs):
+        if os.waitid(os.P_PID, launcher, os.WEXITED | os.WNOHANG | os.WNOWAIT) or time.monotonic() > deadline:
+            kill_group(launcher)
             raise Lost(f"two processes did not train: {(folder / 'stderr').read_text()}")
         time.sleep(0.01)
     time.sleep(wait)
     os.kill(workers[worker], signal.SIGKILL)
-    ended = finish(launcher.pid, folder)
+    ended = finish(launcher, folder)
     if ended.status:
         raise Lost(f"the group ended with {ended.status}: {ended.error}")
     compare(undisturbed, output)

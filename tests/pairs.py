@@ -1,7 +1,11 @@
-"""Training runs of two processes. The processes import this module, so that it imports no more than they need."""
+"""Training runs in processes of their own, which start at once: they are forked from one that has imported all.
+
+The processes import this module, so that it imports no more than they need.
+"""
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -10,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from conftest import TINY, trained
+from conftest import ROOT, TINY, trained
 from metaformer.errors import run_command
 from metaformer.training import engine
 
@@ -23,7 +27,7 @@ class Ended(NamedTuple):
 
 FRESH = multiprocessing.get_context("forkserver")
 """Starts processes from one that has imported PyTorch and has no threads of it, unlike the one that runs the tests."""
-FRESH.set_forkserver_preload(["metaformer.training.engine", "torch.distributed"])
+FRESH.set_forkserver_preload(["metaformer.training.engine", "torch.distributed.run"])
 
 
 class Signal(NamedTuple):
@@ -73,3 +77,40 @@ def work(rank: int, port: str, folder: Path, arguments: list[str], stop: Signal 
 
         setattr(engine.Trainer, stop.method, call)
     run_command(lambda: trained(*arguments))
+
+
+class Script:
+    """A script of the repository at work in ``folder``, with what study.py uses of ``subprocess.Popen``."""
+
+    def __init__(self, script: Path | str, arguments: list[str], folder: Path, log: Path | None = None, **environment):
+        self.out, self.err = (log or folder / f"{name}.txt" for name in ("out", "err"))
+        given = (str(ROOT / script), arguments, folder, self.out, self.err, {**os.environ, **environment})
+        self.process = FRESH.Process(target=act, args=given)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def ended(self) -> tuple[int | None, str, str]:
+        """The exit status, what it printed, and its errors."""
+        self.process.join(300)
+        status = self.poll()
+        self.process.kill()
+        return status, self.out.read_text(), self.err.read_text()
+
+
+def act(script: str, arguments: list[str], folder: Path, out: Path, err: Path, environment: dict[str, str]) -> None:
+    os.setsid()  # so that a Ctrl-C reaches it only from those that started it
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")

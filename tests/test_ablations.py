@@ -382,6 +382,8 @@ def test_another_input_size_is_refused_unless_built_for(row, module):
         model(torch.randn(1, 3, 256, 224))
     model = row_model(row, **SMALL, img_size=(256, 224))
     assert model(torch.randn(1, 3, 256, 224)).shape == (1, 10)
+    with pytest.raises(InputError, match=says):  # as many positions
+        model(torch.randn(1, 3, 224, 256))
 
 
 @pytest.mark.parametrize("row", ["random", "ppaa", "ppff"])

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 
@@ -19,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import create_dataset
 
-from conftest import EVERYTHING_RANDOM, ROOT, trained
+from conftest import EVERYTHING_RANDOM, trained
 from metaformer import InputError, records
 from metaformer.analysis import readme
 from metaformer.analysis.measured import Measured
@@ -29,6 +28,7 @@ from metaformer.provenance import write_file
 from metaformer.training import batches, loader, runlog
 from metaformer.training import engine as train
 from metaformer.weights import read_checkpoint
+from pairs import Script
 from test_analysis import evaluation
 from test_training import interrupt, losses, same_weights, validated
 
@@ -468,6 +468,22 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_pat
     assert same_weights(whole, tmp_path / "killed")
 
 
+def test_a_loader_process_is_named_once_where_pytorch_notices_late():
+    """After the connection has broken, its handler of SIGCHLD raises in whatever the main process does next."""
+
+    def notice(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    earlier = signal.signal(signal.SIGALRM, notice)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(MachineError, match=r"has died .*reset by peer"), loader.naming_killed_loaders():
+            raise ConnectionResetError(104, "Connection reset by peer")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_broken_connection_to_a_loader_process_is_one_that_died(error):
     with (
@@ -499,17 +515,12 @@ def test_a_picture_that_vanishes_is_named(run, pictures, tmp_path, monkeypatch):
 # The campaign
 
 
-def campaign(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "faults.py"), *map(str, arguments)], capture_output=True, text=True
-    )
-
-
 def test_a_short_campaign_loses_nothing_and_fills_the_table(tmp_path):
     """The longer one is `make faults`."""
-    done = campaign("--rounds", 1, "--record", tmp_path / "record.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    total = done.stdout.splitlines()[-1].split()
+    arguments = ["--rounds", "1", "--record", str(tmp_path / "record.json")]
+    status, printed, error = Script("tests/faults.py", arguments, tmp_path).ended()
+    assert status == 0, printed + error
+    total = printed.splitlines()[-1].split()
     assert total[0] == "all"
     assert total[1] == total[2]
     assert total[3] == "0"
@@ -538,6 +549,6 @@ def test_a_campaign_that_does_not_add_up_is_refused(tmp_path):
         records.parse(record, tmp_path / "record.json")
 
 
-def test_a_seed_that_no_campaign_prints_is_refused():
-    done = campaign("--only", 990000)
-    assert (done.returncode, done.stderr) == (2, "error: --seed and --only take the numbers that a campaign prints\n")
+def test_a_seed_that_no_campaign_prints_is_refused(command):
+    status, _, error = command("tests/faults.py", "--only", 990000)
+    assert (status, error) == (2, "error: --seed and --only take the numbers that a campaign prints\n")

@@ -91,6 +91,15 @@ def test_record(jpegs, tmp_path, measure):
     assert row["whole loader, images/s per worker"].value == rate
 
 
+def test_needed_workers_are_rounded_up(jpegs, tmp_path, monkeypatch, measure):
+    monkeypatch.setattr(loader, "seconds_of_epoch", lambda *_: 0.08)  # 8 pictures by 2 workers: 50 a second each
+    for consume, needed in ((210, 5), (200, 4), (10, 1)):
+        path = tmp_path / f"{consume}.json"
+        arguments = ["--data-dir", jpegs, "--workers", 2, "--images", 8, "--rounds", 1, "--consume", consume]
+        assert measure(*arguments, "--record", path)[0] == 0
+        assert json.loads(path.read_text())["decoders"]["pillow"]["workers_needed"] == needed
+
+
 def test_without_consume_no_workers_are_said(jpegs, measure):
     status, printed, _ = measure("--data-dir", jpegs, "--images", 4, "--rounds", 1)
     assert status == 0

@@ -52,6 +52,13 @@ def model_of(name: str, **kwargs) -> MetaFormer:
     return timm.create_model(name, **kwargs)
 
 
+def test_drop_rate_drops_what_the_classifier_takes(images):
+    model = model_of("poolformer_s12", drop_rate=1.0, **SMALL).train()
+    nn.init.constant_(model.head.bias, 2.0)
+    assert torch.equal(model(images), torch.full((2, 5), 2.0))
+    assert not torch.equal(model.eval()(images), torch.full((2, 5), 2.0))
+
+
 def test_no_variant_is_left_out():
     assert POOLFORMERS.keys() == PARAMETERS.keys()
     timms_own = {name for name in timm_metaformer.default_cfgs if re.match(r"poolformer_[sm]\d", name)}

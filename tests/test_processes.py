@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +12,13 @@ import timm
 import torch
 import yaml
 
-from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, wait_for
-from metaformer.training import slurm
+from conftest import EVERYTHING_RANDOM, TINY, draw, run_script, wait_for
+from metaformer.training import distributed, slurm
 from metaformer.training.config import load_config
+from metaformer.training.distributed import Processes
 from metaformer.weights import read_checkpoint
 from oracles import relative_error
-from pairs import Signal, pair
+from pairs import Script, Signal, pair
 from test_training import losses, rows, same_weights
 
 RANDOM = (*EVERYTHING_RANDOM, "output=run")
@@ -100,25 +100,18 @@ def launched(pictures, tmp_path):
     """A run of two processes that would take long, at work: (the launcher, its workers' pids)."""
     settings = [f"data_dir={pictures}", *TINY, "epochs=500", "output=run"]
     (tmp_path / "empty.yaml").write_text("")
-    process = subprocess.Popen(
-        ["bash", str(ROOT / "classification" / "dist_train.sh"), "empty.yaml", *settings],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable, "GPUS": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    launcher = Script("classification/launch.py", ["empty.yaml", *settings], tmp_path, GPUS="2")
     wait_for(tmp_path / "run" / "metrics.csv")
-    yield process, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
+    yield launcher, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    launcher.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_the_launcher_of_two_processes_saves(number, launched, tmp_path):
     launcher, _ = launched
     launcher.send_signal(number)
-    out, err = launcher.communicate(timeout=60)
-    assert (launcher.returncode, err) == (128 + number, "")
+    status, out, err = launcher.ended()
+    assert (status, err) == (128 + number, "")
     assert f"{number.name}: saved epoch" in out
     assert 0 < read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 500
 
@@ -126,15 +119,33 @@ def test_a_signal_to_the_launcher_of_two_processes_saves(number, launched, tmp_p
 def test_a_killed_process_is_reported_and_the_last_checkpoint_stays(launched, tmp_path):
     launcher, workers = launched
     os.kill(int(workers[1]), signal.SIGKILL)
-    _, err = launcher.communicate(timeout=60)
-    assert (launcher.returncode, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
+    status, _, err = launcher.ended()
+    assert (status, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > 0
+
+
+def test_a_preempted_job_is_queued_again_when_the_run_has_saved(tmp_path):
+    job = slurm.TrainingJob(["--resume"], gpus=2)
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    saving = f"trap 'sleep 0.5; touch {saved}; exit 143' TERM; touch {ready}; while true; do sleep 0.02; done"
+    job.process = subprocess.Popen(["bash", "-c", saving])
+    wait_for(ready)
+    delayed = job.checkpoint()
+    assert saved.exists()
+    assert vars(delayed.function) == {"arguments": ["--resume"], "gpus": 2, "process": None}
+    assert job.process.wait() == 143
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(distributed, "cores", lambda: 9)
+    workers = [Processes(torch.device("cpu"), local_world=number).default_workers() for number in (1, 2, 4, 16)]
+    assert workers == [9, 4, 2, 1]
 
 
 def test_a_preempted_slurm_job_continues(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.yaml").write_text("")
-    settings = ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=40", "output=run"]
+    settings = ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=20", "output=run"]
     [job] = slurm.submit(
         [slurm.TrainingJob([*settings, "--resume"], 1)], "local", str(tmp_path / "logs"), None, 1, 1, 9
     )
@@ -146,7 +157,7 @@ def test_a_preempted_slurm_job_continues(pictures, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "finished"
     assert len(record["starts"]) == 2
-    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch + 1) for epoch in range(40)]
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch + 1) for epoch in range(20)]
 
 
 @pytest.mark.parametrize(

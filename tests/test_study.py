@@ -2,17 +2,18 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
-import sys
-import time
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
 import yaml
 
-from conftest import ROOT, draw, run_script
+from conftest import ROOT, draw, run_script, trained
 from metaformer import ABLATIONS, QUESTIONS, InputError
 from metaformer.analysis import studies
 from metaformer.analysis.measured import Measured
@@ -24,6 +25,7 @@ from metaformer.training import study as ablate
 from metaformer.training.config import check
 from metaformer.training.study import read_study
 from metaformer.variants import ROWS
+from pairs import Script
 
 RECIPE = {
     "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 32], "stem_stride": 2},
@@ -61,12 +63,23 @@ def study(tmp_path):
     return write
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """The runs of a study start at once; the study looks often whether they have ended."""
+
+    def start(run, environment, lock):
+        return Script(ablate.TRAIN, run.arguments, run.folder.parent, log=run.log, **environment)
+
+    monkeypatch.setattr(ablate, "start", start)
+    monkeypatch.setattr(ablate, "PAUSE", 0.05)
+
+
 def ablated(study: Path, data: Path, *arguments: object) -> int:
     output = study.parent / "out"
     return run_script("classification/ablate.py", study, "--data-dir", data, "--output", output, *arguments)
 
 
-def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, monkeypatch, capsys):
+def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, forked, monkeypatch, capsys):
     path = study()
     assert ablated(path, data, "--rows", "baseline") == 0
     first = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/run.json")}
@@ -100,7 +113,7 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, monkeypatc
     assert problem in Measured(results).problems[0]
 
 
-def test_a_run_that_diverges_is_a_result(study, data, tmp_path, monkeypatch, capsys):
+def test_a_run_that_diverges_is_a_result(study, data, tmp_path, forked, monkeypatch, capsys):
     path = study(rows=["baseline"], seeds=[0], lr=1e30)
     assert ablated(path, data) == 0
     assert "baseline, seed 0: diverged (the loss was not finite" in capsys.readouterr().out
@@ -112,26 +125,29 @@ def test_a_run_that_diverges_is_a_result(study, data, tmp_path, monkeypatch, cap
     assert studies.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
 
 
-def test_a_stopped_study_continues_where_it_stood(study, data, tmp_path):
+def test_a_stopped_study_continues_where_it_stood(study, data, tmp_path, forked):
     path = study(rows=["baseline"], seeds=[0], epochs=400)
-    script = ROOT / "classification/ablate.py"
-    command = [sys.executable, str(script), str(path), "--data-dir", str(data), "--output", str(tmp_path / "out")]
-    record = tmp_path / "out/baseline-0/run.json"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (record.is_file() and json.loads(record.read_text())["epochs"]["done"] > 1):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM
-    assert json.loads(record.read_text())["status"] == "stopped"
-    log = (tmp_path / "out/baseline-0.log").read_text()
-    assert "SIGTERM: saved epoch" in log
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while "continues at epoch" not in (tmp_path / "out/baseline-0.log").read_text():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    record, log = tmp_path / "out/baseline-0/run.json", tmp_path / "out/baseline-0.log"
+    for under_way in (
+        lambda: record.is_file() and json.loads(record.read_text())["epochs"]["done"] > 1,
+        lambda: "continues at epoch" in log.read_text(),
+    ):
+        ended = threading.Event()
+
+        def stop(under_way=under_way, ended=ended):
+            while not under_way():
+                if ended.wait(0.02):
+                    return
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        other = threading.Thread(target=stop)
+        other.start()
+        status = ablated(path, data)
+        ended.set()
+        other.join()
+        assert status == 128 + signal.SIGTERM
+        assert json.loads(record.read_text())["status"] == "stopped"
+    assert log.read_text().count("SIGTERM: saved epoch") == 2
 
 
 def test_a_failed_run_is_not_counted(study, data, tmp_path, capsys):
@@ -155,12 +171,23 @@ def test_a_folder_has_one_study_at_a_time_and_waits_for_its_runs(study, data, tm
         pass
 
 
-def test_runs_are_jobs_of_their_own_on_a_cluster(study, data, tmp_path):
-    recipe = ablate.prepare_output(tmp_path / "out", ablate.read_study(str(study()))[1])
-    runs = ablate.make_runs("tiny", recipe, ["baseline"], [0], str(data), workers=0)
-    [job] = slurm.submit([slurm.TrainingJob(runs[0].arguments, 1)], "local", str(tmp_path / "jobs"), None, 1, 1, 5)
-    job.result()
-    assert runs[0].done
+def test_runs_are_jobs_of_their_own_on_a_cluster(study, data, tmp_path, monkeypatch, capsys):
+    jobs = []
+
+    def submit(submitted, cluster, logs, partition, *_):
+        jobs.extend(submitted)
+        assert (cluster, partition) == ("slurm", "gpu")
+        return [SimpleNamespace(job_id=number) for number in range(len(submitted))]
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    path = study(rows=["baseline"])
+    assert ablated(path, data, "--partition", "gpu") == 0
+    assert [job.gpus for job in jobs] == [1, 1]
+    assert trained(*jobs[1].arguments, "workers=0") == 0
+    capsys.readouterr()
+    assert ablated(path, data, "--partition", "gpu") == 0
+    assert "2 runs, 1 of them done" in capsys.readouterr().out
+    assert [job.arguments for job in jobs[2:]] == [jobs[0].arguments]
 
 
 def test_runs_are_spread_over_the_gpus(monkeypatch):

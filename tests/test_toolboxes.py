@@ -469,18 +469,18 @@ def mim(*arguments, folder: Path, status: int = 0, **environment) -> str:
     return printed
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    """Run a program of a toolbox in this process, as mim does in one of its own: ``tool(mmdet, "test", ARGUMENTS)``."""
-
-    def run(toolbox, name: str, *arguments, folder: Path) -> None:
-        script = Path(toolbox.__file__).parent / f".mim/tools/{name}.py"
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        forget_visualizers()
+def tool(toolbox, name: str, *arguments, folder: Path) -> None:
+    """Run a program of a toolbox in this process, as mim does in one of its own."""
+    script = Path(toolbox.__file__).parent / f".mim/tools/{name}.py"
+    forget_visualizers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         runpy.run_path(str(script), run_name="__main__")
 
-    return run
+
+def newest_log(folder: Path) -> str:
+    return max(folder.glob("work_dirs/*/*/*.log"), key=lambda path: path.stat().st_mtime).read_text()
 
 
 def own_config(task: str, folder: Path, smaller: dict[str, str]) -> Path:
@@ -497,7 +497,12 @@ def own_config(task: str, folder: Path, smaller: dict[str, str]) -> Path:
 
 
 SCRATCH = ["--cfg-options", "model.backbone.init_cfg=None"]
-SMALL = [*SCRATCH, "model.backbone.depths=[1,1,1,1]", "default_hooks.logger.interval=1"]
+IN_PROCESS = [
+    f"{loader}_dataloader.{setting}"
+    for loader in ("train", "val", "test")
+    for setting in ("num_workers=0", "persistent_workers=False")
+]
+SMALL = [*SCRATCH, *IN_PROCESS, "model.backbone.depths=[1,1,1,1]", "default_hooks.logger.interval=1"]
 FEW_BOXES = [
     *("model.train_cfg.rpn_proposal.max_per_img=20", "model.test_cfg.rpn.max_per_img=20"),
     "model.train_cfg.rcnn.sampler.num=16",
@@ -510,9 +515,8 @@ def trained_detector(tmp_path_factory):
     folder = tmp_path_factory.mktemp("detector")
     draw_coco(folder / "data/street", classes=("person", "bicycle"))
     config = own_config("detection", folder, {"size": "(96, 96)", "batch, epochs, iterations": "2, 2, 4"})
-    return folder, mim(
-        "train", "mmdet", config, "--gpus", 0, *SMALL, *FEW_BOXES, "train_cfg.max_epochs=1", folder=folder
-    )
+    tool(mmdet, "train", config, *SMALL, *FEW_BOXES, "train_cfg.max_epochs=1", folder=folder)
+    return folder, newest_log(folder)
 
 
 @pytest.fixture(scope="module")
@@ -521,7 +525,8 @@ def trained_segmentor(tmp_path_factory):
     draw_scenes(folder / "data/rooms", first=0)
     once = ["train_cfg.val_interval=20", "default_hooks.checkpoint.interval=20"]
     config = own_config("segmentation", folder, {"size": "(64, 64)", "batch, iterations": "2, 20"})
-    return folder, mim("train", "mmsegmentation", config, "--gpus", 0, *SMALL, *once, folder=folder)
+    tool(mmseg, "train", config, *SMALL, *once, folder=folder)
+    return folder, newest_log(folder)
 
 
 def values(log: str, name: str) -> list[float]:
@@ -533,7 +538,7 @@ def result_record(folder: Path) -> dict:
     return json.loads(max(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime).read_text())
 
 
-def test_mim_trains_a_detector_tests_and_resumes_it(trained_detector, tool):
+def test_a_detector_is_trained_tested_through_mim_and_resumed(trained_detector):
     folder, log = trained_detector
     config, checkpoint = "work_dirs/street/own.py", "work_dirs/street/epoch_1.pth"
     mim("test", "mmdet", config, "--gpus", 0, "--checkpoint", checkpoint, folder=folder)
@@ -555,7 +560,7 @@ def test_mim_trains_a_detector_tests_and_resumes_it(trained_detector, tool):
     assert str(folder) not in "".join(path.read_text() for path in targets)
 
     tool(mmdet, "train", "configs/detection/own.py", "--resume", *SMALL, *FEW_BOXES, folder=folder)
-    resumed = max((folder / "work_dirs/street").glob("*/*.log"), key=lambda path: path.stat().st_mtime).read_text()
+    resumed = newest_log(folder)
     assert "resumed epoch: 1, iter: 4" in resumed
     assert re.findall(r"Epoch\(train\) +\[(\d)\]\[1/4\]", resumed) == ["2"]
     assert values(log, "loss")[-1] < values(log, "loss")[0]
@@ -565,7 +570,7 @@ def test_mim_trains_a_detector_tests_and_resumes_it(trained_detector, tool):
     assert rates[4:] == pytest.approx([2.5e-7] * 4, rel=1e-3)
 
 
-def test_mim_trains_a_segmentor_and_tests_it(trained_segmentor, tool):
+def test_a_segmentor_is_trained_and_tested(trained_segmentor):
     folder, log = trained_segmentor
     # README's schedule: a warm-up to 2e-4 for 32 pictures, here 2, then polynomial decay to 0.
     rates = values(log, "lr")
@@ -578,7 +583,7 @@ def test_mim_trains_a_segmentor_and_tests_it(trained_segmentor, tool):
     assert (record["kind"], record["data"]["classes"]) == ("segmentation", 3)
 
 
-def test_test_time_augmentation_flips_predictions_back(trained_segmentor, tool, tmp_path):
+def test_test_time_augmentation_flips_predictions_back(trained_segmentor, tmp_path):
     """Pictures and truth mirrored give the same figures, which they do not if one of the two stays as it was."""
     folder, _ = trained_segmentor
     figures = []
@@ -597,7 +602,7 @@ def test_test_time_augmentation_flips_predictions_back(trained_segmentor, tool, 
     assert Config.fromfile(own).tta_pipeline == Config.fromfile(CONFIGS["fpn_poolformer-s12"]).tta_pipeline
 
 
-def test_mim_ends_in_a_sentence_without_the_data(tmp_path, tool):
+def test_mim_ends_in_a_sentence_without_the_data(tmp_path):
     """From a folder that holds nothing: the last line before mim's own traceback names the page to get them."""
     printed = mim("train", "mmdet", CONFIGS["retinanet_poolformer-s12"], *SCRATCH, folder=tmp_path, status=1)
     training, mims = printed.split("\nTraceback", 1)
@@ -653,16 +658,18 @@ def test_a_record_names_the_command_as_it_was_typed(tmp_path):
 def test_predict_draws_a_picture(task, request, command, tmp_path):
     forget_visualizers()
     folder, _ = request.getfixturevalue("trained_detector" if task == "detection" else "trained_segmentor")
-    picture = next((folder / "data").glob("**/val*/*.jpg"))
+    picture = tmp_path / "red.jpg"
+    Image.new("RGB", (90, 70), "red").save(picture)
     work_dir = folder / "work_dirs" / ("street" if task == "detection" else "rooms")
     checkpoint = next(work_dir.glob("*_[12]*.pth"))
     status, printed, _ = command(f"{task}/predict.py", work_dir / "own.py", checkpoint, picture, "--out", tmp_path)
     assert (status, printed.splitlines()[-1]) == (0, str(tmp_path / f"{picture.stem}.png"))
     drawn = Image.open(tmp_path / f"{picture.stem}.png")
     assert drawn.size == Image.open(picture).size
+    pixels = np.asarray(drawn, dtype=int)
+    assert (pixels[..., 0] - pixels[..., 2]).mean() > 0  # whatever is drawn on it, it is red and not blue
     if task == "segmentation":  # every pixel has a class; a detector so young may be sure of nothing
-        change = np.abs(np.asarray(drawn, dtype=int) - np.asarray(Image.open(picture), dtype=int)).mean(-1)
-        assert (change > 10).mean() > 0.5
+        assert (np.abs(pixels - np.asarray(Image.open(picture))).mean(-1) > 10).mean() > 0.5
 
 
 def test_predict_names_what_is_wrong(trained_segmentor, command, tmp_path):

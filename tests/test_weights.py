@@ -452,6 +452,12 @@ def test_what_cannot_be_opened(content, arguments, says, tmp_path):
         open_checkpoint(tmp_path / "w.pt", **arguments)
 
 
+def test_two_tensors_of_one_name_are_refused():
+    weights = {"stem.conv.weight": torch.zeros(1), "stem.weight": torch.ones(1)}
+    with pytest.raises(InputError, match=r"two tensors that are 'stem\.weight' under other names"):
+        metaformer.convert(weights)
+
+
 # The command
 
 

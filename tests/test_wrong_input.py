@@ -2,18 +2,21 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conftest import ROOT, TINY, draw, trained
 from metaformer import InputError
 from metaformer.training import engine as train
 from metaformer.training.batches import Batch, checked
 from metaformer.weights import read_checkpoint
+from pairs import Script
 
 
 def copied(pictures, root):
@@ -211,36 +214,57 @@ def test_a_run_is_not_overwritten(run):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("gpus", ["1", "2"])
-def test_the_command_prints_one_line_and_exits_with_2(gpus, pictures, tmp_path):
+def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    done = subprocess.run(
+        ["bash", str(ROOT / "classification" / "dist_train.sh"), "empty.yaml", "data_dir=nowhere"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "GPUS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    sentence = "error: there is no data folder nowhere: give data_dir the path of one\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
+
+
+def test_two_processes_that_fail_print_one_line(pictures, tmp_path):
     root = copied(pictures, tmp_path / "data")
     for file in root.glob("train/b/*.png"):
         file.write_bytes(b"")
     (tmp_path / "empty.yaml").write_text("")
+    settings = ["empty.yaml", f"data_dir={root}", *TINY, "output=run"]
+    status, _, error = Script("classification/launch.py", settings, tmp_path, GPUS="2").ended()
+    assert (status, error.count("\n")) == (2, 1), error
+    assert error.startswith("error: cannot use the picture")
 
-    def command(*arguments, **environment):
-        return subprocess.run(
-            ["bash", str(ROOT / "classification" / "dist_train.sh"), *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHON": sys.executable, "GPUS": gpus, **environment},
-            capture_output=True,
-            text=True,
-        )
 
-    for arguments, sentence in [
-        (["empty.yaml", "data_dir=nowhere"], "error: there is no data folder nowhere: give data_dir the path of one\n"),
-        (["empty.yaml", f"data_dir={root}", *TINY, "output=run"], "error: cannot use the picture"),
-    ]:
-        done = command(*arguments)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith(sentence), done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-    assert "Traceback" in command("nowhere.yaml", METAFORMER_TRACEBACK="1").stderr
+def test_the_traceback_is_printed_if_asked_for(tmp_path, monkeypatch, command, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METAFORMER_TRACEBACK", "1")
+    status, _, error = command("classification/train.py", "nowhere.yaml")
+    assert (status, error.startswith("Traceback")) == (2, True)
+    # As one of several processes: torchrun's file takes the error, which the launcher prints.
+    file = tmp_path / "error.json"
+    worker = Script("classification/train.py", ["nowhere.yaml"], tmp_path, TORCHELASTIC_ERROR_FILE=str(file))
+    assert worker.ended() == (2, "", "")
+    failure = ChildFailedError("train.py", {1: ProcessFailure(1, worker.pid, 2, str(file))})
+    report = runpy.run_path(str(ROOT / "classification/launch.py"))["report"]
+    assert report(failure) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+    monkeypatch.delenv("METAFORMER_TRACEBACK")
+    assert report(failure) == 2
+    assert capsys.readouterr().err.startswith("error: there is no config nowhere.yaml: give")
+
+
+def test_wrong_environment_of_the_launcher(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = command("empty.yaml", GPUS="2", PORT=port)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert f"the processes cannot meet at 127.0.0.1:{port}" in done.stderr
-    done = command(GPUS="two")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "GPUS=two in the environment" in done.stderr
+        for environment, sentence in (
+            ({"GPUS": "two"}, "error: GPUS=two in the environment: use a whole number from 1"),
+            ({"GPUS": "2", "PORT": port}, f"error: the processes cannot meet at 127.0.0.1:{port}"),
+        ):
+            folder = tmp_path / environment["GPUS"]
+            folder.mkdir()
+            status, _, error = Script("classification/launch.py", [], folder, **environment).ended()
+            assert (status, error.count("\n")) == (2, 1), error
+            assert error.startswith(sentence)

@@ -5,7 +5,9 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 PVT_LAYERS = {
     "pvt_tiny": (2, 2, 2, 2),
@@ -14,9 +16,19 @@ PVT_LAYERS = {
     "pvt_large": (3, 8, 27, 3),
 }
 """Blocks of each stage (arXiv 2102.12122, Table 1)."""
+SWIN_MIXERS = {
+    "swin_mixer_tiny_d24_256": (256, {"embed_dim": 96, "num_heads": (4, 8, 16, 32), "window_size": 8}),
+    "swin_mixer_tiny_d6_256": (256, {"embed_dim": 96, "num_heads": (16, 32, 64, 128), "window_size": 8}),
+    "swin_mixer_base_d24_224": (
+        224,
+        {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "window_size": 7},
+    ),
+}
+"""Side of the image and arguments, as in configs/swinmlp of github.com/microsoft/Swin-Transformer."""
 
 default_cfgs = generate_default_cfgs(
     {name: {"input_size": (3, 224, 224), "fixed_input_size": True} for name in ("resmlp_big_24_16_224", *PVT_LAYERS)}
+    | {name: {"input_size": (3, side, side), "fixed_input_size": True} for name, (side, _) in SWIN_MIXERS.items()}
 )
 
 
@@ -56,6 +68,54 @@ def pvt(name: str, img_size: int = 224, num_classes: int = 1000, **_: Any) -> nn
     return PVT(PVT_LAYERS[name], img_size, num_classes)
 
 
+class WindowMLP(SwinTransformerBlock):
+    """Swin's block with a linear layer over the positions of a window, one for each head, in place of attention.
+
+    Shifted windows are padded with zeros at all sides of the image, where attention shifts it in a circle
+    (arXiv 2103.14030, appendix A3.3).
+    """
+
+    def __init__(self, num_heads: int, **arguments: Any):
+        super().__init__(num_heads=num_heads, **arguments)
+        positions = num_heads * self.window_area
+        self.num_heads, self.attn = num_heads, nn.Conv1d(positions, positions, 1, groups=num_heads)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        _, height, width, channels = x.shape
+        (side, _), (after, _) = self.window_size, self.shift_size
+        before = (side - after) % side
+        x = F.pad(x, (0, 0, before, after, before, after))
+        windows = window_partition(x, self.window_size).flatten(1, 2)  # (W, N, C)
+        heads = windows.unflatten(-1, (self.num_heads, -1))  # (W, N, h, C / h)
+        mixed = self.attn(heads.transpose(1, 2).flatten(1, 2)).unflatten(1, (self.num_heads, -1)).transpose(1, 2)
+        x = window_reverse(mixed.reshape(-1, side, side, channels), self.window_size, *x.shape[1:3])
+        return x[:, before : before + height, before : before + width]
+
+
+def swin_mixer(name: str, img_size: int | None = None, num_classes: int = 1000, **_: Any) -> nn.Module:
+    """Swin-Mixer, Swin with :class:`WindowMLP` (arXiv 2103.14030, Table 10)."""
+    side, arguments = SWIN_MIXERS[name]
+    model = SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
+    for stage, heads in zip(model.layers, arguments["num_heads"], strict=True):
+        stage.blocks = nn.Sequential(
+            *(
+                WindowMLP(
+                    num_heads=heads,
+                    dim=block.dim,
+                    input_resolution=block.input_resolution,
+                    window_size=block.window_size,
+                    shift_size=block.shift_size,
+                )
+                for block in stage.blocks
+            )
+        )
+    return model
+
+
+for _name in SWIN_MIXERS:
+    _create = partial(swin_mixer, _name)
+    _create.__name__, _create.__module__ = _name, __name__
+    register_model(_create)
 for _name in PVT_LAYERS:
     _create = partial(pvt, _name)
     _create.__name__, _create.__module__ = _name, __name__

@@ -100,8 +100,8 @@ class Pair(NamedTuple):
 class Verdict(NamedTuple):
     """The outcome of a comparison, with the reason.
 
-    A computed figure is equal, explained, unexplained or not built. A claim is true or false. A statement holds, fails,
-    is undecided or is not run.
+    A computed figure is equal, explained or unexplained. A claim is true or false. A statement holds, fails, is
+    undecided or is not run.
     """
 
     kind: str
@@ -117,6 +117,12 @@ class Counted(NamedTuple):
     verdict: Verdict | None = None
 
 
+def places(row: Row) -> list[Measurement]:
+    """The cells for values that must be measured."""
+    cells = [cell.here if isinstance(cell, Pair) else cell for cell in row.values()]
+    return [cell for cell in cells if isinstance(cell, Measurement)]
+
+
 class Table(NamedTuple):
     name: str
     title: str
@@ -128,13 +134,12 @@ class Table(NamedTuple):
         cells = [cell for row in self.rows for cell in row.values()]
         verdicts = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
         kinds = Counter(verdict.kind for verdict in verdicts if isinstance(verdict, Verdict))
-        places = [cell.here if isinstance(cell, Pair) else cell for cell in cells]
-        values = [place.value for place in places if isinstance(place, Measurement)]
+        values = [place.value for row in self.rows for place in places(row)]
         parts = [f"{len(self.rows)} rows"]
         if computed := sum(kinds[kind] for kind in ("equal", "explained", "unexplained")):
             detail = ", ".join(f"{kinds[kind]} {kind}" for kind in ("equal", "explained", "unexplained"))
             parts.append(f"{computed} cells computed ({detail})")
-        others = ("not built", "true", "false", "holds", "fails", "undecided", NOT_RUN)
+        others = ("true", "false", "holds", "fails", "undecided", NOT_RUN)
         parts += [f"{kinds[kind]} {kind}" for kind in others if kinds[kind]]
         if values:
             missing = values.count(None)

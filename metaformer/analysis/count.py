@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import timm
 import torch
+from accelerate import init_empty_weights
 from timm.layers import to_ntuple
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,7 +56,8 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
     Raises:
         InputError: the model or config does not exist, or does not take this size.
     """
-    network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
+    with init_empty_weights():  # on the meta device, where initialisation takes no time
+        network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
     analysis = FlopCountAnalysis(network.eval().to("meta"), torch.zeros(1, 3, *size, device="meta"))
     analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")

@@ -60,9 +60,7 @@ def fig3() -> Figure:
         for row in rows_of("table2"):
             kind, colour, marker = STYLES[row["mixer"]]
             point = (place(row, column), row["top1"])
-            # Hollow markers: as printed, because the model is not built.
-            face = colour if "build" in row else "none"
-            axes.plot(*point, marker, color=colour, markerfacecolor=face, markersize=5, label=kind)
+            axes.plot(*point, marker, color=colour, markersize=5, label=kind)
             if row["mixer"] == "pooling":
                 label(axes, row["model"].removeprefix("PoolFormer-"), point, colour)
         axes.set_xscale("log")
@@ -70,7 +68,7 @@ def fig3() -> Figure:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(left=left)
-        axes.set_xlabel(f"{title} (counted; hollow: paper)")
+        axes.set_xlabel(f"{title} (counted)")
     both[0].set_ylabel("ImageNet-1K top-1, % (paper)")
     handles, labels = both[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -181,8 +179,8 @@ def read_run(run: Path) -> tuple[pd.Series, pd.Series, str]:
 
 
 def place(row: Row, column: str) -> float:
-    """Position of a model on the axis: as counted, or as printed if it is not built."""
-    return float(counted_value(row["build"], column)) if "build" in row else row[column]
+    """Position of a model on the axis, as counted."""
+    return float(counted_value(row["build"], column))
 
 
 def label(axes: Axes, text: str, point: tuple[float, float], colour: str, below: bool = False) -> None:

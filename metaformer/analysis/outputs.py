@@ -1,12 +1,14 @@
-"""Generate all files that are made from data: tables, README sections, and the recipes of Table 5."""
+"""Generate all files that are made from data: tables, the report, README sections, recipes and the metafile."""
 
 from pathlib import Path
 
 from metaformer.analysis.cells import Table
 from metaformer.analysis.measured import Measured
+from metaformer.analysis.metafile import metafile
 from metaformer.analysis.paper import BUILT, ROOT, rows_of
 from metaformer.analysis.readme import sections
 from metaformer.analysis.render import render, with_section
+from metaformer.analysis.report import report
 from metaformer.analysis.speed import cost, loader, parity, speed
 from metaformer.analysis.studies import conclusions, faults, proxy
 from metaformer.analysis.tables import claims, table1, table2, table3, table4, table5, table6, table7
@@ -26,7 +28,7 @@ def builds_of(tables: list[str]) -> list[str]:
     """The models whose parameters and MACs appear in these tables."""
     counted = {name: (name,) for name in BUILT} | {"claims": ("table2", "table5")}
     rows = [row for name in tables for table in counted.get(name, ()) for row in rows_of(table)]
-    return list(dict.fromkeys(row["build"] for row in rows if "build" in row))
+    return list(dict.fromkeys(row["build"] for row in rows))
 
 
 def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) -> dict[Path, str]:
@@ -43,4 +45,7 @@ def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) ->
             if row["build"] in ABLATIONS:
                 path = ROOT / f"configs/ablations/{row['build']}.yaml"
                 files[path] = ablation_config(row["build"], row["top1"])
+    if complete:
+        files[ROOT / "configs/classification/metafile.yml"] = metafile()
+        files[ROOT / "analysis/report.html"] = report(tables, measured)
     return files

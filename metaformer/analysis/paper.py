@@ -35,7 +35,7 @@ def rows_of(table: str) -> list[dict[str, Any]]:
 
 def built_rows(tables: tuple[str, ...] = BUILT[1:]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Table and row of every model that is counted; Table 1 has no other models than Table 2."""
-    yield from ((table, row) for table in tables for row in rows_of(table) if "build" in row)
+    yield from ((table, row) for table in tables for row in rows_of(table))
 
 
 def key_of(build: str) -> str:
@@ -55,8 +55,6 @@ def compare(row: Row, column: str) -> Counted:
     if column not in row:
         return Counted()
     printed = as_printed(row[column])
-    if "build" not in row:
-        return Counted(printed, verdict=Verdict("not built", row["not_built"]))
     value, digits = counted_value(row["build"], column), printed.digits + 2
     explanation = row.get("explained", {}).get(column)
     if rounded(value, printed.digits) == printed.value:

@@ -16,6 +16,18 @@ def render(table: Table, form: str) -> str:
     """The text of a table. The reasons of verdicts become numbered notes; in CSV they stay in the cell."""
     if form == "csv":
         return frame(table.rows, with_reason, separate=True).to_csv(index=False)
+    body, notes = with_notes(table)
+    if form == "md":
+        lines = [f"# {table.title}", "", to_markdown(body), "", *(f"- {note}" for note in notes)]
+        return "\n".join(lines).rstrip() + "\n"
+    text = body.to_latex(index=False, escape=True, column_format="l" * len(body.columns))
+    for letter, command in TEX.items():
+        text = text.replace(letter, command)
+    return "".join(f"% {line}\n" for line in (table.title, *notes)) + text
+
+
+def with_notes(table: Table) -> tuple[pd.DataFrame, list[str]]:
+    """The texts of the cells, without columns that are empty, and the notes, to which verdicts refer by number."""
     reasons: dict[str, int] = {}
 
     def with_number(verdict: Verdict) -> str:
@@ -25,14 +37,7 @@ def render(table: Table, form: str) -> str:
 
     body = frame(table.rows, with_number)
     notes = [*table.notes, *(f"[{number}] {reason}" for reason, number in reasons.items())]
-    body = body.loc[:, [column for column in body.columns if not (body[column] == "").all()]]
-    if form == "md":
-        lines = [f"# {table.title}", "", to_markdown(body), "", *(f"- {note}" for note in notes)]
-        return "\n".join(lines).rstrip() + "\n"
-    text = body.to_latex(index=False, escape=True, column_format="l" * len(body.columns))
-    for letter, command in TEX.items():
-        text = text.replace(letter, command)
-    return "".join(f"% {line}\n" for line in (table.title, *notes)) + text
+    return body.loc[:, [column for column in body.columns if not (body[column] == "").all()]], notes
 
 
 def with_reason(verdict: Verdict) -> str:

@@ -83,8 +83,8 @@ class Judged(NamedTuple):
     of: str
     statement: str
     verdict: Verdict
-    after_holm: Verdict
-    paired: Verdict
+    after_holm: str
+    paired_by_seed: str
     tested: str
 
 
@@ -99,8 +99,7 @@ def judged(measured: Measured) -> Iterator[Judged]:
         for (of, statement), judgement, corrected in zip(listed, plain, holm(plain), strict=True):
             paired = results.judge(statement["tests"], paired=True)
             tests = "; ".join(map(in_signs, statement["tests"], judgement.sums))
-            verdicts = map(Verdict, (judgement.verdict, corrected, paired.verdict))
-            yield Judged(name, of, statement["text"], *verdicts, tests)
+            yield Judged(name, of, statement["text"], Verdict(judgement.verdict), corrected, paired.verdict, tests)
 
 
 def conclusions(measured: Measured) -> Table:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from metaformer.analysis.cells import Number, Pair, Row, Table, Verdict, as_printed, rounded
+from metaformer.analysis.cells import Number, Pair, Row, Table, Verdict, as_printed, rounded, spread
 from metaformer.analysis.count import cached_count
 from metaformer.analysis.measured import Measured, Metric, metric, top1
 from metaformer.analysis.paper import ROOT, UNITS, compared, counted_value, explained, paper, rows_of
@@ -118,6 +118,7 @@ def table4(measured: Measured) -> Table:
             "MACs, G (counted)": macs(row),
             "mIoU, %": accuracy(row, "mIoU", measured, metric("mIoU")),
             "released weights in mmseg": in_others(row, "mmseg"),
+            "trained again in mmseg 1.x": spread(row["again"], 2) if "again" in row else None,
         }
         for row in rows_of("table4")
     ]
@@ -126,6 +127,7 @@ def table4(measured: Measured) -> Table:
         rows,
         "MACs at 512 x 512 pixels by fvcore; the paper gives none.",
         f"Released weights as evaluated by others: {paper()['sources']['MMSEG']}, pull request 1537.",
+        "Trained again in mmseg 1.x: median (lowest to highest) of five runs by others, in its pull request 2191.",
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from metaformer.errors import InputError
 from metaformer.provenance import write_file, writing
 from metaformer.training.config import Config, check, read_yaml, save_config
+from metaformer.training.data import HASHES
 from metaformer.training.distributed import Processes
 from metaformer.weights import read_checkpoint
 
@@ -94,6 +95,21 @@ def check_same_settings(before: Config, now: Config, folder: Path) -> None:
                 f"{folder} was trained with {key}={earlier[key]} and cannot continue with {key}={given[key]}: "
                 "give its own settings, or another output="
             )
+
+
+def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any], folder: Path) -> list[str]:
+    """Refuse to continue ``state`` with other settings, other classes or another number of pictures.
+
+    Returns a warning if pictures have been replaced.
+    """
+    check_same_settings(check(state["config"], str(folder / "last.pt")), config, folder)
+    changed = {name: state[name] for name, value in facts.items() if state.get(name, value) != value}
+    for name in changed.keys() - HASHES:
+        raise InputError(
+            f"{folder} was trained with {name}={changed[name]}, and its data now have {facts[name]}: continue with the "
+            "data as they were, or give another output="
+        )
+    return [f"warning: pictures have other names or sizes than when {folder} was last trained"] if changed else []
 
 
 class Checkpoints:

@@ -17,12 +17,20 @@ from metaformer.training.fingerprint import fingerprint
 SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}
 
 
+HASHES = {"train_sha256", "val_sha256"}
+"""Entries of a data set's summary that change when a damaged picture is replaced."""
+
+
 class Data(NamedTuple):
     train: Dataset
     val: Dataset
     num_classes: int
     class_names: list[str] | None
     summary: dict[str, Any]
+
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        return {name: self.summary[name] for name in sorted(HASHES)}
 
 
 def load_data(config: Config, workers: int) -> Data:

@@ -17,8 +17,8 @@ from torch.utils.data import IterableDataset
 from metaformer.errors import InputError
 from metaformer.provenance import provenance
 from metaformer.training.batches import TrainBatches, Unreadable, checked, seed_everything
-from metaformer.training.checkpoints import MAY_CHANGE, Checkpoints, Progress, check_same_settings, open_folder
-from metaformer.training.config import Config, check
+from metaformer.training.checkpoints import MAY_CHANGE, Checkpoints, Progress, check_same_run, open_folder
+from metaformer.training.config import Config
 from metaformer.training.data import load_data
 from metaformer.training.distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.training.evaluation import evaluate
@@ -62,10 +62,10 @@ class Trainer:
     """
 
     def __init__(self, config: Config, processes: Processes):
-        self.progress = Progress(starts=[provenance()])
         self.processes, self.device = processes, processes.device
         workers = processes.default_workers() if config.workers is None else config.workers
         self.data = load_data(config, workers)
+        self.progress = Progress(starts=[{**provenance(), **self.data.hashes}])
         seed_everything(config.seed)
         self.model = model = build_model(config, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
@@ -149,13 +149,8 @@ class Trainer:
         return weights
 
     def load(self, state: dict[str, Any]) -> None:
-        check_same_settings(check(state["config"], str(self.checkpoints.last)), self.config, self.output)
-        for name, value in self.data_facts().items():
-            if state.get(name, value) != value:
-                raise InputError(
-                    f"{self.output} was trained with {name}={state[name]}, and its data now have {value}: continue "
-                    "with the data as they were, or give another output="
-                )
+        for warning in check_same_run(state, self.config, self.data_facts(), self.output):
+            self.log.say(warning)
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"])

@@ -1,8 +1,9 @@
 """Loaders of training and validation batches, from processes that decode or from memory."""
 
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -74,6 +75,10 @@ def naming_killed_loaders() -> Iterator[None]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        if not isinstance(error, RuntimeError):
+            # The death also makes PyTorch raise, a moment later: here, so that it interrupts nothing that follows.
+            with suppress(RuntimeError):
+                time.sleep(0.2)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MachineError(
             f"a process of the loader has died ({reason}), for lack of memory most often: "

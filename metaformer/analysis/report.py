@@ -1,0 +1,97 @@
+"""All tables and figures, and the training curves of the studies, as one page: ``analysis/report.html``."""
+
+import math
+from base64 import b64encode
+from collections.abc import Iterator
+from typing import Any
+
+import jinja2
+
+from metaformer.analysis.cells import NOT_RUN, Number, Row, Table, Verdict, places
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.paper import ROOT
+from metaformer.analysis.render import with_notes
+from metaformer.records.statistics import Results
+from metaformer.variants import LABELS, ROWS
+
+FIGURES = {
+    "fig1b": "ImageNet-1K top-1 against MACs (Figure 1b). MACs are counted; accuracies are the paper's.",
+    "fig3": "ImageNet-1K top-1 against MACs and against parameters, by kind of token mixer (Figure 3).",
+    "ablation": "Top-1 of the ablation's variants minus the baseline's (Table 5), as the paper prints them.",
+    "proxy": "The same differences in the studies at a small scale, beside the paper's.",
+}
+WIDTH, HEIGHT = 200, 100
+"""Of a panel of curves, in its own units."""
+
+
+def report(tables: dict[str, Table], measured: Measured) -> str:
+    """The page, complete without network: styles, script and figures are in it."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string((ROOT / "analysis/report.template.html").read_text(encoding="utf-8"))
+    page = template.render(
+        tables=[section(table) for table in tables.values()],
+        figures=[(name, image(name), caption) for name, caption in FIGURES.items()],
+        studies=[study(name, results) for name, results in measured.studies.items()],
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    return page + "\n"
+
+
+def section(table: Table) -> dict[str, Any]:
+    body, notes = with_notes(table)
+    rows = list(zip(map(state, table.rows), body.to_numpy().tolist(), strict=True))
+    number = f"Table {table.name[5:]}: " if table.name.startswith("table") else ""
+    return {
+        "name": table.name,
+        "title": number + table.title,
+        "summary": table.summary().partition(": ")[2],
+        "columns": list(body.columns),
+        "rows": rows,
+        "notes": notes,
+    }
+
+
+def state(row: Row) -> str:
+    """Whether a row that needs measurements has any: ``measured`` or ``not run``; empty for other rows."""
+    found = [place.value is not None for place in places(row)]
+    found += [cell.kind != NOT_RUN for cell in row.values() if isinstance(cell, Verdict) and cell.kind in JUDGED]
+    return "" if not found else "measured" if any(found) else NOT_RUN
+
+
+JUDGED = ("holds", "fails", "undecided", NOT_RUN)
+
+
+def image(name: str) -> str:
+    """A figure as a data URL."""
+    return "data:image/svg+xml;base64," + b64encode((ROOT / f"analysis/figures/{name}.svg").read_bytes()).decode()
+
+
+def study(name: str, results: Results) -> dict[str, Any]:
+    """Panels of top-1 over the epochs, one for each row, with the baseline's runs in each."""
+    values = [epoch.top1 for record in results.records for epoch in record.curve] or [0.0]
+    low, high = 10 * math.floor(min(values) / 10), 10 * math.floor(max(values) / 10 + 1)
+    last = max(len(record.curve) for record in results.records)
+
+    def lines(row: str) -> Iterator[str]:
+        for record in results.records:
+            if record.settings.row == row and record.curve:
+                yield " ".join(
+                    f"{i * WIDTH / max(last - 1, 1):.1f},{(high - epoch.top1) / (high - low) * HEIGHT:.1f}"
+                    for i, epoch in enumerate(record.curve)
+                )
+
+    panels = [
+        {
+            "label": f"{row}: {LABELS[row]}",
+            "lines": list(lines(row)),
+            "baseline": list(lines("baseline")),
+            "top1": ", ".join(str(Number(top1, 1)) for _, top1 in sorted(results.top1[row].items())),
+            "diverged": results.diverged[row],
+        }
+        for row in ROWS
+        if row in results.top1
+    ]
+    return {"name": name, "title": results.study.title, "low": low, "high": high, "last": last, "panels": panels}
