@@ -10,7 +10,7 @@ from timm.data.mixup import FastCollateMixup, rand_bbox
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from conftest import TINY
-from metaformer.analysis import parity
+from metaformer.analysis import official
 from metaformer.training.batches import seed_everything
 from metaformer.training.config import CONFIGS, Config, load_config
 from metaformer.training.distributed import Processes
@@ -25,7 +25,7 @@ def test_cutmix_boxes_lose_the_odd_pixel_of_todays_timm():
     odd = 0
     for number, lam in enumerate(rng.random(300)):
         boxes = []
-        for box in (parity.pinned_box, rand_bbox):
+        for box in (official.pinned_box, rand_bbox):
             np.random.seed(number)
             boxes.append(np.array(box((3, 37, 37), lam)))
         is_odd = int(37 * np.sqrt(1 - lam)) % 2
@@ -46,7 +46,7 @@ def test_mixing_gives_the_values_of_fast_collate_mixup(mode):
         np.random.seed(number)
         mixed, targets = Mixing(37, **options)(images, labels)
         np.random.seed(number)
-        with patch("timm.data.mixup.rand_bbox", parity.pinned_box):
+        with patch("timm.data.mixup.rand_bbox", official.pinned_box):
             expected = FastCollateMixup(**options)(list(zip(images.numpy().copy(), labels.tolist(), strict=True)))
         assert torch.equal(mixed, expected[0].float())
         assert torch.equal(targets, expected[1])
@@ -78,8 +78,8 @@ def test_the_crops_ratio_is_timms():
     [
         (None, "there is no folder {clone}: give the path of a clone of https://github.com/sail-sg/poolformer"),
         ({"train.py": ""}, "{clone} has no models/__init__.py: give the path of a whole clone of "),
-        (dict.fromkeys(parity.FILES, ""), "{clone} is no clone of "),
-        (dict.fromkeys(parity.FILES, "import nothing_of_this_name"), "{clone} is no clone of "),
+        (dict.fromkeys(official.FILES, ""), "{clone} is no clone of "),
+        (dict.fromkeys(official.FILES, "import nothing_of_this_name"), "{clone} is no clone of "),
     ],
 )
 def test_another_folder_than_a_clone_ends_in_one_sentence(files, sentence, tmp_path, command):
