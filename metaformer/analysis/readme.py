@@ -11,6 +11,7 @@ from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import beside_timm
 from metaformer.analysis.studies import cost_of, fault_rows, judged
 from metaformer.analysis.tables import DETECTION, accuracy
+from metaformer.records.schema import Parity
 from metaformer.training.config import settings_table
 
 AVERAGE_PRECISION = (("box AP", "AP"), ("mask AP", "mask_AP"))
@@ -39,8 +40,19 @@ def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> di
     return found
 
 
+def official_code(record: Parity) -> str:
+    models = {of.part for of in record.compared} - {"recipe"}
+    largest = max(of.difference for of in record.compared if of.part in models)
+    run = max((run for run in record.trajectories if run.dtype == "float64"), key=lambda run: max(run.weights))
+    return (
+        f"- **Official code**: logits and gradients of {len(models)} released architectures equal its own to "
+        f"{largest:.1e} (float64), and so do weights after each of {len(run.weights)} training steps, to "
+        f"{max(run.weights):.1e}; see [analysis/tables/parity.md](analysis/tables/parity.md)."
+    )
+
+
 def status(tables: dict[str, Table], measured: Measured) -> str:
-    """What is reproduced and what is not, in five list items."""
+    """What is reproduced and what is not, in six list items."""
     counts, recipe = (verdicts(tables[name] for name in names) for names in (NUMBERED[:5], NUMBERED[5:6]))
     pairs = [cell for name in NUMBERED for row in tables[name].rows for cell in row.values() if isinstance(cell, Pair)]
     accuracies = [pair.here.value for pair in pairs if pair.paper]
@@ -50,6 +62,7 @@ def status(tables: dict[str, Table], measured: Measured) -> str:
     lines = [
         "- **Architecture**: with the same weights, logits, features and gradients equal those of timm's and "
         "`transformers`' PoolFormer (float64, to 1e-10).",
+        *map(official_code, measured.records["parity"][-1:]),
         f"- **Counts**: {counts['equal']} of {sum(counts.values())} parameters, MACs and layouts in Tables 1 to 5 "
         f"equal the printed figures. {counts['explained']} differ for a known reason and {counts['unexplained']} "
         "without one.",
