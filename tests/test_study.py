@@ -412,6 +412,7 @@ def test_a_record_of_a_study_counts_when_it_is_done():
         ),
         ({"curve": [{"top1": float("nan")}]}, r"curve\.0\.top1"),
         ({"curve": [{"top1": 0.5124}], "data": data}, "which is not a percentage of 1000 images"),
+        ({"seed": None}, "a run of a study must have a seed"),
         ({"settings": {**record["settings"], "seed": 7}}, "seed is 0, but settings.seed is 7"),
     ):
         with pytest.raises(InputError, match=says):
