@@ -829,6 +829,15 @@ def test_gradcam_is_the_gradient_weighted_sum_of_the_papers_layer(picture, tmp_p
     assert np.abs(overlay.astype(int) - expected).max() <= 2
 
 
+def test_gradcam_turns_pictures_as_the_camera_says(tmp_path):
+    upright, exif = Image.linear_gradient("L").convert("RGB"), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    turned, expected = (gradcam.read_picture(tmp_path / f"{name}.png") for name in ("turned", "upright"))
+    assert np.array_equal(turned, expected)
+
+
 def test_gradcam_shows_a_run_the_pictures_that_it_was_trained_on(run, picture):
     """TINY's pictures have 32 pixels; at 224 the maps would be those of another network."""
     folder = run("epochs=1")
