@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import mmdet
 import mmseg
@@ -473,7 +474,7 @@ def tool(toolbox, name: str, *arguments, folder: Path) -> None:
     """Run a program of a toolbox in this process, as mim does in one of its own."""
     script = Path(toolbox.__file__).parent / f".mim/tools/{name}.py"
     forget_visualizers()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):  # the programs set LOCAL_RANK
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         runpy.run_path(str(script), run_name="__main__")

@@ -57,7 +57,8 @@ def status(tables: dict[str, Table], measured: Measured) -> str:
     pairs = [cell for name in NUMBERED for row in tables[name].rows for cell in row.values() if isinstance(cell, Pair)]
     accuracies = [pair.here.value for pair in pairs if pair.paper]
     measured_here = len(accuracies) - accuracies.count(None)
-    decided = Counter(each.verdict.kind for each in judged(measured))
+    asked = list(judged(measured))
+    decided = {each.statement for each in asked if each.verdict.kind in ("holds", "fails")}
     devices = {row["device"] for record in measured.records["benchmark"] for row in beside_timm(record)}
     lines = [
         "- **Architecture**: with the same weights, logits, features and gradients equal those of timm's and "
@@ -70,8 +71,9 @@ def status(tables: dict[str, Table], measured: Measured) -> str:
         f"{recipe['explained']} differ for a stated reason.",
         f"- **Accuracy**: {measured_here} of {len(accuracies)} accuracies in Tables 2 to 5 and 7 are measured here. "
         "Nothing has been trained at the scale of the paper; `pretrained=True` loads its authors' weights.",
-        f"- **Small scale**: {decided['holds'] + decided['fails']} of {sum(decided.values())} statements about the "
-        f"ablation are decided on a small task. Speed is measured on {', '.join(sorted(devices)) or 'no device'} only.",
+        f"- **Small scale**: {len(decided)} of {len({each.statement for each in asked})} statements about the ablation "
+        "are decided by a study on a small task. "
+        f"Speed is measured on {', '.join(sorted(devices)) or 'no device'} only.",
     ]
     return "\n".join(lines)
 
