@@ -103,16 +103,19 @@ def ablation() -> Figure:
 
 def proxy() -> Figure:
     """Differences from the baseline's top-1 in the small studies, with 95 % intervals, beside the paper's."""
-    studies = Measured(ROOT / "analysis/results").studies.items()
-    if not studies:
-        raise InputError("there are no records of a study in analysis/results/: run classification/ablate.sh")
+    differences = {
+        name: {row: results.combination({row: 1, "baseline": -1}) for row in ROWS if row != "baseline"}
+        for name, results in Measured(ROOT / "analysis/results").studies.items()
+    }
+    differences = {name: found for name, found in differences.items() if any(found.values())}
+    if not differences:
+        raise InputError("analysis/results/ has no study with two runs of a row: run classification/ablate.sh")
     printed = paper_top1()
-    rows = [row for row in ROWS if row != "baseline" and any(row in results.top1 for _, results in studies)]
+    rows = [row for row in ROWS if any(found.get(row) for found in differences.values())]
     figure = Figure(figsize=(6.8, 1.2 + 0.32 * len(rows)))
     axes = figure.subplots()
-    for i, (name, results) in enumerate(studies):
-        found = {y: results.combination({row: 1, "baseline": -1}) for y, row in enumerate(rows)}
-        found = {y: interval for y, interval in found.items() if interval}
+    for i, (name, of_rows) in enumerate(differences.items()):
+        found = {y: of_rows[row] for y, row in enumerate(rows) if of_rows[row]}
         values = [interval.value for interval in found.values()]
         bars = [[of.value - of.low for of in found.values()], [of.high - of.value for of in found.values()]]
         places = [y + 0.18 * (i + 1) for y in found]
