@@ -2,6 +2,7 @@
 
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from scipy.stats import ks_2samp
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import PILToTensor
 from torchvision.transforms import functional as F
 
 from conftest import TINY, draw, trained
@@ -30,13 +32,17 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory):
+def draw_alike(root: Path, **options) -> Path:
     """Class folders of pictures of 40 x 36 pixels."""
-    root = draw(tmp_path_factory.mktemp("squares"), val_images=9)
+    draw(root, **options)
     for file in root.rglob("*.png"):
         Image.open(file).resize((40, 36)).save(file)
     return root
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory):
+    return draw_alike(tmp_path_factory.mktemp("alike"), val_images=9)
 
 
 @pytest.mark.parametrize("size", [24, 32, 57])
@@ -97,8 +103,8 @@ def test_validation_pictures_are_those_of_the_loader(pictures):
         assert torch.equal(files.labels, kept.labels)
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(run, squares, monkeypatch):
-    settings = (f"data_dir={squares}", "data_in_memory=true", "mixup=0.8", "cutmix=1", "erase_prob=0.5", "workers=1")
+def test_an_interrupted_run_continues_to_the_same_weights(run, alike, monkeypatch):
+    settings = (f"data_dir={alike}", "data_in_memory=true", "mixup=0.8", "cutmix=1", "erase_prob=0.5", "workers=1")
     whole = run(*settings)
     with monkeypatch.context() as patch:
         interrupt(patch, after=4, number=signal.SIGTERM)
@@ -107,18 +113,38 @@ def test_an_interrupted_run_continues_to_the_same_weights(run, squares, monkeypa
     assert same_weights(whole, stopped)
 
 
-def test_pictures_are_decoded_once_until_a_file_changes(squares, cache, tmp_path, monkeypatch):
+def test_what_is_drawn_follows_from_seed_epoch_and_picture():
+    config = load_config(["--data-in-memory", *PLAIN, "img_size=32", "scale=[0.1, 0.5]"])
+    pictures = memory.Pictures(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8))
+
+    def drawn(seed, epoch, first):
+        (batch,) = memory.MemoryLoader(pictures, [[(epoch, first), (epoch, 7)]], Augmentation(config), seed)
+        return batch.images[1]
+
+    assert torch.equal(drawn(0, 0, 1), drawn(0, 0, 1))
+    for other in ((1, 0, 1), (0, 1, 1), (0, 0, 2)):
+        assert not torch.equal(drawn(0, 0, 1), drawn(*other))
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    root = draw_alike(tmp_path / "data")
+    file = root / "train" / "b" / "002.png"
+    file.unlink()
+    file.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"002\.png is not .*: take it out"):
+        memory.load_pictures(open_split(load_config([f"data_dir={root}"]), "train", 0), PILToTensor(), {})
+
+
+def test_pictures_are_decoded_once_until_a_file_changes(tmp_path, monkeypatch):
     decoded = []
     decode = memory.decode
     monkeypatch.setattr(memory, "decode", lambda *arguments: decoded.append(1) or decode(*arguments))
     options = {"num_workers": 0}
-    root = draw(tmp_path / "data")
-    for file in root.rglob("*.png"):
-        Image.open(file).resize((40, 36)).save(file)
+    root = draw_alike(tmp_path / "data")
 
     def load():
         dataset = open_split(load_config([f"data_dir={root}"]), "train", 0)
-        return memory.load_pictures(dataset, memory.Pixels(), options)
+        return memory.load_pictures(dataset, PILToTensor(), options)
 
     first, second = load(), load()
     assert len(decoded) == 1
@@ -138,18 +164,16 @@ def test_pictures_are_decoded_once_until_a_file_changes(squares, cache, tmp_path
     ids=["other size", "damaged"],
 )
 def test_pictures_that_do_not_fit_are_named(tmp_path, change, message):
-    root = draw(tmp_path / "data")
-    for file in root.rglob("*.png"):
-        Image.open(file).resize((40, 36)).save(file)
+    root = draw_alike(tmp_path / "data")
     change(root / "train" / "b" / "002.png")
     with pytest.raises(InputError, match=message):
-        memory.load_pictures(open_split(load_config([f"data_dir={root}"]), "train", 0), memory.Pixels(), {})
+        memory.load_pictures(open_split(load_config([f"data_dir={root}"]), "train", 0), PILToTensor(), {})
 
 
 def test_a_stream_is_refused():
     stream = type("Stream", (torch.utils.data.IterableDataset,), {"__iter__": lambda self: iter(())})()
     with pytest.raises(InputError, match="this is a stream"):
-        memory.load_pictures(stream, memory.Pixels(), {})
+        memory.load_pictures(stream, PILToTensor(), {})
 
 
 @pytest.mark.parametrize(

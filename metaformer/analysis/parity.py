@@ -137,8 +137,8 @@ def compare_setup(train: ModuleType, name: str, root: Path) -> Iterator[Compared
 def spread_error(ours: Tensor, official: Tensor) -> float:
     """The difference of the standard deviations of two draws, in standard errors.
 
-    About one in ten million weights that timm's ``trunc_normal_`` draws is 2 or -2, where 0.02 is asked for; such
-    weights are taken for 0.1.
+    Very few of the weights that timm's ``trunc_normal_`` draws lie at its bounds of 2 and -2, where 0.02 is asked for;
+    such weights are taken for 0.1.
     """
     if official.std(correction=0) == 0:
         return 0.0 if torch.equal(ours, official) else float("inf")

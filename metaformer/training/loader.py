@@ -8,13 +8,14 @@ from types import FrameType
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torchvision.transforms import PILToTensor
 
 from metaformer.errors import MachineError
 from metaformer.training.augmentation import Augmentation
 from metaformer.training.batches import Images, TrainBatches, collate, transform
 from metaformer.training.config import Config
 from metaformer.training.distributed import STOP_SIGNALS, Processes
-from metaformer.training.memory import MemoryLoader, Pixels, load_pictures
+from metaformer.training.memory import MemoryLoader, load_pictures
 
 
 def train_loader(
@@ -22,7 +23,7 @@ def train_loader(
 ) -> DataLoader | MemoryLoader:
     options = loader_options(processes, workers)
     if config.data_in_memory:
-        pictures = load_pictures(dataset, Pixels(), options).to(processes.device)
+        pictures = load_pictures(dataset, PILToTensor(), options).to(processes.device)
         return MemoryLoader(pictures, batches, Augmentation(config), config.seed)
     if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
         dataset.transform = transform(config, is_training=True)

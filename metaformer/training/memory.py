@@ -11,7 +11,6 @@ import numpy as np
 import PIL
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
@@ -64,7 +63,7 @@ def load_pictures(dataset: Dataset, transform: Any, options: dict[str, Any]) -> 
     """All pictures after ``transform``; those of a folder are kept in PyTorch's cache folder for other runs.
 
     Args:
-        transform: maps a PIL image to a uint8 array (3, H, W).
+        transform: maps a PIL image to a uint8 array or tensor (3, H, W); its ``repr`` tells it from others.
         options: of the DataLoader that reads the pictures.
 
     Raises:
@@ -93,7 +92,10 @@ def kept_at(dataset: Dataset, transform: Any) -> Path | None:
         return None
     key = hashlib.sha256(f"{transform} timm {timm.__version__} Pillow {PIL.__version__}\n".encode())
     for path, label in reader.samples:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError:  # decoding names the picture
+            return None
         key.update(os.fsencode(path) + f" {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     return Path(torch.hub.get_dir()) / "metaformer" / f"pictures-{key.hexdigest()[:16]}.safetensors"
 
@@ -124,13 +126,3 @@ def decode(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Picture
 def as_arrays(samples: list) -> list:
     """NumPy arrays, because each tensor that a loader process sends takes a file descriptor."""
     return [each if isinstance(each, Unreadable) else (np.asarray(each[0]), each[1]) for each in samples]
-
-
-class Pixels:
-    """PIL images to uint8 arrays (3, H, W)."""
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        return np.asarray(image).transpose(2, 0, 1)
-
-    def __repr__(self) -> str:
-        return "pixels"
