@@ -314,8 +314,10 @@ def test_curves_of_a_study_in_the_report():
     results = SimpleNamespace(
         study=SimpleNamespace(title="A study"),
         records=records_,
-        top1={"baseline": {0: 55.0}, "identity": {0: 35.0, 1: 10.0}},
-        diverged={"baseline": 0, "identity": 1},
+        runs=pd.DataFrame(
+            [("baseline", 0, 55.0, False), ("identity", 1, 10.0, True), ("identity", 0, 35.0, False)],
+            columns=["row", "seed", "top1", "diverged"],
+        ),
     )
     drawn = report.study("small", results)
     assert (drawn["low"], drawn["high"], drawn["last"]) == (20, 60, 3)
@@ -438,7 +440,7 @@ def test_half_is_rounded_up_on_exact_numbers(monkeypatch):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    for file in ["analysis/paper.yaml", "README.md", *(f"{task}/README.md" for task in
+    for file in ["analysis/paper.yaml", "analysis/captions.yaml", "README.md", *(f"{task}/README.md" for task in
                  ("analysis", "classification", "detection", "segmentation"))]:  # fmt: skip
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
@@ -630,7 +632,7 @@ def test_a_wrong_record_is_named_and_the_others_shown(record, says, root):
     (problem,) = found.problems
     assert str(path) in problem
     assert says in problem
-    assert str(found.accuracy("poolformer_s12", measured.top1)) == "77.1 (best.pt)"
+    assert str(found.accuracy("poolformer_s12", measured.metric("top1"))) == "77.1 (best.pt)"
 
 
 def test_the_tables_are_written_beside_a_wrong_record(root, make_tables):
@@ -650,7 +652,7 @@ def test_the_same_weights_evaluated_again_are_no_further_run(root):
     put(root, "d", {**TRAINING, "starts": [common(), {**common(), **later}], "images_per_s": 110.0})
     found = measured.Measured(root / "analysis/results")
     assert found.problems == []
-    assert str(found.accuracy("poolformer_s12", measured.top1)) == "77.2 (best.pt)"
+    assert str(found.accuracy("poolformer_s12", measured.metric("top1"))) == "77.2 (best.pt)"
     assert [record.images_per_s for record in found.of_model("training", "poolformer_s24")] == [110.0]
 
 

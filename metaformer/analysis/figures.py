@@ -14,6 +14,7 @@ from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import ROOT, counted_value, rows_of
 from metaformer.analysis.studies import paper_top1
 from metaformer.errors import InputError
+from metaformer.provenance import writing
 from metaformer.variants import ROWS
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "metaformer"}
@@ -104,7 +105,7 @@ def ablation() -> Figure:
 def proxy() -> Figure:
     """Differences from the baseline's top-1 in the small studies, with 95 % intervals, beside the paper's."""
     differences = {
-        name: {row: results.combination({row: 1, "baseline": -1}) for row in ROWS if row != "baseline"}
+        name: {row: results.estimate({row: 1, "baseline": -1}) for row in ROWS if row != "baseline"}
         for name, results in Measured(ROOT / "analysis/results").studies.items()
     }
     differences = {name: found for name, found in differences.items() if any(found.values())}
@@ -200,8 +201,6 @@ def save(figure: Figure, stem: str, out: Path) -> list[Path]:
     paths = {"png": {"Software": None}, "svg": {"Date": None}}
     for kind, metadata in paths.items():
         path = out / f"{stem}.{kind}"
-        try:
+        with writing(path):
             figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
     return [out / f"{stem}.{kind}" for kind in paths]
