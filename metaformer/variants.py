@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from metaformer.block import ChannelLayerNorm
-from metaformer.errors import InputError, nearest
+from metaformer.errors import check_known
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MetaFormer, takes_map_size
 from metaformer.weights import fetch, named_for
@@ -156,8 +156,7 @@ default_cfgs = generate_default_cfgs(
 
 def variant_arguments(name: str) -> dict[str, Any]:
     """The arguments of :class:`MetaFormer` that make the variant ``name``; ``InputError`` if there is none."""
-    if name not in VARIANTS:
-        raise InputError(f"there is no variant {name!r}{nearest(name, VARIANTS)}: there are {', '.join(VARIANTS)}")
+    check_known("variant", name, VARIANTS)
     return VARIANTS[name].arguments
 
 

@@ -13,16 +13,12 @@ from metaformer.analysis.render import TEMPLATES, render, with_section
 from metaformer.analysis.report import report
 from metaformer.analysis.speed import cost, loader, parity, speed
 from metaformer.analysis.studies import conclusions, faults, proxy
-from metaformer.analysis.tables import by_columns, claims, table1, table4, table6
+from metaformer.analysis.tables import by_columns, claims, table6
 from metaformer.variants import ABLATIONS, RELEASES, VARIANTS
 
 TABLES: dict[str, Callable[[Measured], Table]] = {
-    "table1": table1,
-    **{name: partial(by_columns, name) for name in ("table2", "table3")},
-    "table4": table4,
-    "table5": partial(by_columns, "table5"),
+    **{f"table{number}": partial(by_columns, f"table{number}") for number in range(1, 8)},
     "table6": table6,
-    "table7": partial(by_columns, "table7"),
     **{make.__name__: make for make in (claims, cost, speed, loader, proxy, conclusions, faults, parity)},
 }
 """Functions from :class:`Measured` to :class:`Table`, by the name of the table and its files."""

@@ -1,22 +1,19 @@
 """The sections of the README files that are generated from data."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from metaformer.analysis.cells import Counted, Number, Pair, Row, Table, Verdict
-from metaformer.analysis.count import cached_count
+from metaformer.analysis.cells import Counted, Number, Pair, Table, Verdict
 from metaformer.analysis.measured import Measured
-from metaformer.analysis.paper import counted_value, rows_of
+from metaformer.analysis.paper import captions, rows_of
 from metaformer.analysis.render import TEMPLATES, markdown
 from metaformer.analysis.speed import beside_timm
 from metaformer.analysis.studies import cost_of, fault_rows, judged
-from metaformer.analysis.tables import accuracy
+from metaformer.analysis.tables import cells
 from metaformer.records.schema import Parity
 from metaformer.training.config import settings_table
 
 SECTIONS = TEMPLATES.get_template("sections.md").module
-AVERAGE_PRECISION = (("box AP", "AP"), ("mask AP", "mask_AP"))
 
 
 def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> dict[tuple[str, str], str]:
@@ -25,17 +22,20 @@ def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> di
     Args:
         complete: whether ``tables`` are all tables, which the summaries need.
     """
+    found = {}
+    for name, section in captions()["sections"].items():
+        table = section["table"]
+        if table in tables:
+            rows = [row for row in rows_of(table) if row.get("mixer") == section.get("mixer", row.get("mixer"))]
+            shown = [cells(section["columns"], table, row, measured) for row in rows]
+            found[section["file"], name] = markdown(shown)
     makers = {
-        "table2": ("README.md", "imagenet", imagenet),
-        "table3": ("detection/README.md", "coco", coco),
-        "table4": ("segmentation/README.md", "ade20k", ade20k),
-        "table5": ("classification/README.md", "ablation", ablation),
         "table6": ("classification/README.md", "settings", lambda measured: settings_table()),
         "speed": ("README.md", "speed", speed),
         "conclusions": ("README.md", "conclusions", conclusions),
         "faults": ("README.md", "faults", faults),
     }
-    found = {(readme, name): make(measured) for table, (readme, name, make) in makers.items() if table in tables}
+    found |= {(readme, name): make(measured) for table, (readme, name, make) in makers.items() if table in tables}
     if complete:
         found["README.md", "status"] = status(tables, measured)
         found["analysis/README.md", "summary"] = "\n".join(f"- {table.summary()}" for table in tables.values())
@@ -74,67 +74,6 @@ def verdicts(tables: list[Table]) -> Counter[str]:
     cells = [cell for table in tables for row in table.rows for cell in row.values()]
     found = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
     return Counter(verdict.kind for verdict in found if isinstance(verdict, Verdict))
-
-
-def imagenet(measured: Measured) -> str:
-    rows = []
-    for row in rows_of("table2"):
-        if row["mixer"] == "pooling":
-            exact = Number(cached_count(row["build"])["learnable"])
-            first = {"config (`configs/classification/`)": f"`{row['build']}.yaml`", "parameters": exact}
-            rows.append({**first, "MACs": counted(row, "macs", 2), **top1_of(row, measured, " (Table 2)")})
-    return markdown(rows)
-
-
-def ablation(measured: Measured) -> str:
-    return markdown(
-        [
-            {
-                "Table 5": row["variant"],
-                "model": f"`{row['build']}`",
-                "parameters": counted(row, "params", 2),
-                "MACs": counted(row, "macs", 2),
-                **top1_of(row, measured),
-            }
-            for row in rows_of("table5")
-        ]
-    )
-
-
-def top1_of(row: Row, measured: Measured, table: str = "") -> Row:
-    pair = accuracy("table5", row, "top1", measured)
-    return {f"top-1 in the paper{table}": pair.paper._replace(unit="%"), "measured here": pair.here}
-
-
-def coco(measured: Measured) -> str:
-    rows = []
-    for row in rows_of("table3"):
-        pairs = {name: accuracy("table3", row, of, measured) for name, of in AVERAGE_PRECISION}
-        rows.append(
-            {
-                **config_of(row),
-                **{f"{name} in the paper": pair.paper for name, pair in pairs.items()},
-                **{f"{name} measured here": pair.here for name, pair in pairs.items()},
-            }
-        )
-    return markdown(rows)
-
-
-def ade20k(measured: Measured) -> str:
-    rows = []
-    for row in rows_of("table4"):
-        pair = accuracy("table4", row, "mIoU", measured)
-        rows.append({**config_of(row), "mIoU in the paper": pair.paper, "measured here": pair.here})
-    return markdown(rows)
-
-
-def config_of(row: Row) -> Row:
-    path = Path(row["build"])
-    return {f"config (`{path.parent}/`)": f"`{path.name}`", "parameters": counted(row, "params", 1)}
-
-
-def counted(row: Row, column: str, digits: int) -> Number:
-    return Number(counted_value(row["build"], column), digits, {"params": "M", "macs": "G"}[column])
 
 
 def speed(measured: Measured) -> str:

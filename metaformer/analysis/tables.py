@@ -1,6 +1,7 @@
 """The paper's Tables 1 to 7 and the claims of its text, compared with counts and measurements."""
 
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,23 +13,34 @@ from metaformer.analysis.paper import ROOT, UNITS, captions, compare, counted_va
 from metaformer.variants import VARIANTS
 
 
-def columns(table: str, row: Row, measured: Measured) -> Row:
-    """The cells of a row of the paper by the columns that captions.yaml gives for its table."""
-    cells: Row = {}
-    for heading, column in captions()["tables"][table]["columns"].items():
-        kind, key = column.split()
+def cells(columns: dict[str, str], table: str, row: Row, measured: Measured) -> Row:
+    """The cells of a row of a table of the paper, in ``columns`` of captions.yaml, which explains their kinds."""
+
+    def cell(kind: str, key: str, *options: str) -> Any:
+        if kind == "text":
+            return in_words(row[key])
+        if kind == "file":
+            return f"`{Path(row[key]).name}{''.join(options)}`"
+        if kind == "layout":
+            depths, dims = (list(VARIANTS[row["build"]].arguments[name]) for name in ("depths", "dims"))
+            return Verdict("equal" if (depths, dims) == (row["blocks"], row["dims"]) else "unexplained")
         if kind == "compared":
-            cells[heading] = compare(row, key)
-        elif kind == "accuracy":
-            cells[heading] = accuracy(table, row, key, measured)
-        elif kind == "counted":
-            cells[heading] = Number(counted_value(row["build"], key), 1)
-        elif kind == "reported":  # of the released weights, by another project
+            return compare(row, key)
+        if kind == "counted":
+            digits, *unit = options
+            return Number(counted_value(row["build"], key), int(digits), *unit)
+        if kind == "exactly":
+            return Number(cached_count(row["build"])[key])
+        if kind == "reported":
             told = row.get(key)
-            cells[heading] = told and Number(told["top1"] if isinstance(told, dict) else told, 2)
-        else:
-            cells[heading] = str(row[key])
-    return cells
+            return told and Number(told["top1"] if isinstance(told, dict) else told, 2)
+        if kind == "spread":
+            return spread(row[key], 2) if key in row else None
+        pair = accuracy(table, row, key, measured)
+        printed = pair.paper and pair.paper._replace(unit="".join(options))
+        return {"accuracy": pair, "printed": printed, "here": pair.here}[kind]
+
+    return {heading: cell(*column.split()) for heading, column in columns.items()}
 
 
 def accuracy(table: str, row: Row, column: str, measured: Measured) -> Pair:
@@ -42,37 +54,9 @@ def accuracy(table: str, row: Row, column: str, measured: Measured) -> Pair:
     )
 
 
-def table1(measured: Measured) -> Table:
-    rows = []
-    for row in rows_of("table1"):
-        arguments = VARIANTS[row["build"]].arguments
-        same = list(arguments["depths"]) == row["blocks"] and list(arguments["dims"]) == row["dims"]
-        rows.append(
-            {
-                "model": row["model"],
-                "blocks": in_words(row["blocks"]),
-                "channels": in_words(row["dims"]),
-                "blocks and channels (verdict)": Verdict("equal" if same else "unexplained"),
-                **columns("table1", row, measured),
-                "parameters, exact": Number(cached_count(row["build"])["learnable"]),
-            }
-        )
-    earlier = paper()["table1"]["other_versions"]["v1_or_v2"]
-    versions = ", ".join(f"{earlier[row['model'].removeprefix('PoolFormer-')]} G" for row in rows_of("table1"))
-    source = ", ".join(earlier["source"])
-    return table_of("table1", rows, f"Version 1 or 2 printed {versions}, counted by another script ({source}).")
-
-
 def by_columns(table: str, measured: Measured) -> Table:
-    return table_of(table, [columns(table, row, measured) for row in rows_of(table)])
-
-
-def table4(measured: Measured) -> Table:
-    rows = []
-    for row in rows_of("table4"):
-        again = spread(row["again"], 2) if "again" in row else None
-        rows.append({**columns("table4", row, measured), "trained again in mmseg 1.x": again})
-    return table_of("table4", rows)
+    columns = captions()["tables"][table]["columns"]
+    return table_of(table, [cells(columns, table, row, measured) for row in rows_of(table)])
 
 
 def table6(measured: Measured) -> Table:
