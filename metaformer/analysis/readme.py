@@ -91,7 +91,7 @@ def speed(measured: Measured) -> str:
         }
         for place, values in sorted(ratios.items())
     ]
-    return markdown(lines) if lines else "Not measured yet."
+    return markdown(lines)
 
 
 def conclusions(measured: Measured) -> str:

@@ -4,12 +4,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from metaformer.analysis.cells import Number, Pair, Row, Table, Verdict, as_printed, rounded, spread
 from metaformer.analysis.count import cached_count
 from metaformer.analysis.measured import Measured, metric
 from metaformer.analysis.paper import ROOT, UNITS, captions, compare, counted_value, explained, paper, rows_of, table_of
+from metaformer.training.config import read_yaml
 from metaformer.variants import VARIANTS
 
 
@@ -91,9 +90,7 @@ def in_words(value: Any) -> str:
 
 def recipe(size: str) -> Row:
     """The settings of a PoolFormer's config, its peak learning rate, and the arguments of the model."""
-    folder = ROOT / "configs/classification"
-    own = yaml.safe_load((folder / f"poolformer_{size}.yaml").read_text(encoding="utf-8"))
-    settings = {**yaml.safe_load((folder / own["base"]).read_text(encoding="utf-8")), **own}
+    settings = read_yaml(ROOT / f"configs/classification/poolformer_{size}.yaml")
     settings["peak_lr"] = settings["base_lr"] * settings["global_batch"] / 1024
     return {**VARIANTS[settings["model"]].arguments, **settings}
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import socket
 import statistics
@@ -17,7 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from metaformer.provenance import write_file, write_json, writing
-from metaformer.training.checkpoints import Progress
+from metaformer.training.checkpoints import Progress, read_run
 
 
 class RunLog:
@@ -139,10 +138,7 @@ class RunLog:
 
     def is_finished(self) -> bool:
         """Whether run.json says that the run is finished."""
-        try:
-            return json.loads((self.folder / "run.json").read_text(encoding="utf-8")).get("status") == "finished"
-        except (OSError, ValueError):  # missing or damaged
-            return False
+        return read_run(self.folder).get("status") == "finished"
 
     def result(self, progress: Progress) -> None:
         """Say what the run has reached and what to do next."""

@@ -1,7 +1,6 @@
 """Train rows of Table 5 on a small task with several seeds each, several runs at a time."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from metaformer.errors import InputError, check_known
 from metaformer.provenance import cores, write_file, writing
 from metaformer.training import yaml12
+from metaformer.training.checkpoints import read_run
 from metaformer.training.config import Count, Positive, check, check_key, read_yaml_mapping
 from metaformer.training.data import load_data
 from metaformer.training.distributed import StopSignal
@@ -76,11 +76,7 @@ class Run(NamedTuple):
         return self.folder.with_suffix(".log")
 
     def record(self) -> dict[str, Any]:
-        """The content of run.json; empty if it is missing or damaged."""
-        try:
-            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return read_run(self.folder)
 
     @property
     def done(self) -> bool:
