@@ -83,7 +83,7 @@ def official(state_dict: StateDict, back: bool = False) -> StateDict:
         }
         parts = {"proj": "downsample", "pos_embed": "position"}
         places = [(place, parts.get(found[place], "blocks")) for place in sorted(found)]
-        stages = accumulate(part == "downsample" for _, part in places)
+        stages = accumulate(int(part == "downsample") for _, part in places)
         rows = [(place, stage, part) for (place, part), stage in zip(places, stages, strict=True)]
     else:
         order = ("downsample", "position", "blocks")
