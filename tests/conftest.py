@@ -111,7 +111,7 @@ def wait_for(file: Path) -> None:
     wait_until(file.exists)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.time() + seconds
     while not holds():
         assert time.time() < deadline, "what was waited for did not happen"
