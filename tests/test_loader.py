@@ -71,12 +71,8 @@ def test_pictures_are_those_of_timm_whatever_their_encoding(workers, tmp_path):
     picture.save(folder / "rgb.png", transparency=(0, 0, 0))
     picture.convert("P").save(folder / "palette.png")
 
-    options = {
-        "scale": (0.3, 1.0),
-        "ratio": (0.5, 2.0),
-        "auto_augment": "rand-m9-mstd0.5-inc1",
-        "mean": (0.5, 0.4, 0.3),
-    }
+    options = {"scale": (0.3, 1.0), "ratio": (0.5, 2.0), "hflip": 0.5, "vflip": 0.3, "mean": (0.5, 0.4, 0.3)}
+    options["auto_augment"] = "rand-m9-mstd0.5-inc1"
     config = load_config([]).model_copy(update={**options, "img_size": SIDE, "train_interpolation": "random"})
     dataset = torchvision.datasets.ImageFolder(tmp_path / "train")
     batches = TrainBatches(len(dataset), 8, accumulation=1, rank=0, world=1, seed=config.seed)
