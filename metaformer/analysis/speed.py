@@ -182,10 +182,16 @@ def loader(measured: Measured) -> Table:
     ]
     notes = [
         "Images/s of the training loader with the paper's augmentation, on JPEGs in the file cache: median over rounds "
-        "(minimum to maximum). Training decodes with Pillow. The other decoders were compared once, and "
-        "analysis/loader.py no longer measures them.",
+        '(minimum to maximum). Training has the loader of the rows "pillow", and analysis/loader.py measures it alone. '
+        "The other rows were measured once, by programs in the commits that their records name.",
         "speed.md and the run.json of a run give the images/s that a GPU takes. `analysis/loader.py --consume` "
         "computes the number of workers for them.",
+    ]
+    notes += [
+        f'Milliseconds of a picture in each stage of the loader "pillow", in one process, {record.date[:10]}: '
+        + ", ".join(f"{stage} {Number(of.median, 2)}" for stage, of in record.split_ms.items())
+        for record in measured.records["loader"]
+        if record.split_ms
     ]
     return Table("loader", "What the training loader delivers", rows, notes)
 

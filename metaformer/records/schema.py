@@ -297,6 +297,8 @@ class Loading(Provenance):
     rounds: Positive
     consume_images_per_s: Amount | None
     decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
+    split_ms: dict[str, Spread] | None = None
+    """Milliseconds of a picture in each stage of the loader, in one process."""
     settings: Settings
 
 
