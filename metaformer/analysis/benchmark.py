@@ -90,13 +90,13 @@ def benchmark(
 def measure(cell: Cell, entered: list[Entry], rounds: int, seconds: float, memory: bool) -> dict[str, Any]:
     """Contestants with their seconds per call in each round and their memory, and those absent with the reason."""
     torch.compiler.reset()  # otherwise the previous cell's forms count towards the limit of recompilations
-    set_precision("float32")
-    expected = {form: reference(form, cell) for form in dict.fromkeys(entry.form for entry in entered)}
-    set_precision(cell.precision)
     found, absent = [], []
     for entry in tqdm(entered, desc=f"{cell}: warm-up", unit="contestant", disable=None):
         try:
-            found.append(warm_up(contestant(entry, cell), cell, expected[entry.form], seconds, memory))
+            set_precision("float32")
+            expected = reference(entry.form, cell)
+            set_precision(cell.precision)
+            found.append(warm_up(contestant(entry, cell), cell, expected, seconds, memory))
         except Exception as error:  # whatever it is, the others are timed, and the record says what is missing
             absent.append({**entry._asdict(), "reason": reason(error)})
     turns = deque(found)

@@ -246,6 +246,7 @@ def onnx(form: str, cell: Cell) -> bytes:
     return export.onnx(build(form, "contiguous", cell), given(cell).images, {}, ["logits"])[0]
 
 
+@lru_cache(maxsize=len(OURS + OTHERS))
 def reference(form: str, cell: Cell) -> list[Tensor]:
     """What :meth:`Contestant.outputs` of ``form`` must be, from the maps of the plain form in float32.
 

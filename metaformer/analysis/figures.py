@@ -144,15 +144,16 @@ def proxy() -> Figure:
 def growth() -> Figure | None:
     """Speed and memory of ours and of timm's class against batch, size and model; ``None`` if no record has them."""
     records = Measured(ROOT / "analysis/results").records["benchmark"]
-    grown = [record for record in records if POOLFORMERS.issubset(cell.model for cell in record.cells)]
+    grown = [record for record in records if POOLFORMERS.keys() <= {cell.model for cell in record.cells}]
     if not grown:
         return None
-    base = grown[-1].cells[0]
+    base, models = grown[-1].cells[0], list(POOLFORMERS)
     axes_of = {
         "images in a batch": lambda cell: (cell.batch, (cell.model, cell.size)),
         "side of the images, pixels": lambda cell: (cell.size[0], (cell.model, cell.batch)),
-        "model": lambda cell: (cell.model.removeprefix("poolformer_").upper(), (cell.batch, cell.size)),
+        "model": lambda cell: (models.index(cell.model), (cell.batch, cell.size)),
     }
+    device = grown[-1].device(base)
     figure = Figure(figsize=(9.6, 6.2))
     panels = figure.subplots(2, 3, sharex="col", sharey="row")
     for (above, below), (title, place_of) in zip(panels.T, axes_of.items(), strict=True):
@@ -174,7 +175,11 @@ def growth() -> Figure | None:
     for axes, heading in zip(panels[:, 0], ("images/s", "peak memory, MB"), strict=True):
         axes.set_yscale("log")
         axes.set_ylabel(heading)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panels[1, 2].set_xticks(range(len(models)), [name.removeprefix("poolformer_").upper() for name in models])
     panels[0, 0].legend(frameon=False, fontsize=8)
+    height, width = base.size
+    figure.suptitle(f"{base.model}, {base.batch} x {height} x {width}, {base.precision}, where not varied; {device}")
     return figure
 
 
