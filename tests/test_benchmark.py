@@ -63,7 +63,7 @@ def test_all_forms_are_the_same_model():
     # timm's averages before the last norm: its logits are others, its map before that is not.
     assert type(entered["timm"].model).__module__ == "timm.models.metaformer"
     assert relative_error(logits["timm"], contestants.reference("timm", small)[0]) < 1e-4
-    assert relative_error(logits["timm"], logits["plain"]) > 1e-2
+    assert relative_error(logits["timm"], logits["plain"]) > 1e-3
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

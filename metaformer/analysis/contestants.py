@@ -43,7 +43,7 @@ PRECISIONS = {
     "cpu": ("float32", "bfloat16", "mkldnn_bf16"),
     "cuda": ("float32", "tf32", "bfloat16", "float16"),
 }
-TOLERANCES = {"float32": 1e-3, "tf32": 0.02, "float16": 0.05, "bfloat16": 0.2, "mkldnn_bf16": 0.2}
+TOLERANCES = {"float32": 1e-4, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.05, "mkldnn_bf16": 0.05}
 """Largest relative error of logits and gradient up to which a contestant computes the same as the plain form."""
 SEED = 0
 
