@@ -35,22 +35,9 @@ from pathlib import Path
 
 import torch
 
+from metaformer.analysis import contestants
 from metaformer.analysis.benchmark import benchmark
-from metaformer.analysis.contestants import (
-    BEST,
-    DTYPES,
-    EXPORTED,
-    LAYOUTS,
-    OTHERS,
-    OURS,
-    PRECISIONS,
-    RUNTIMES,
-    TASKS,
-    Cell,
-    Entry,
-    chosen_forms,
-    entries,
-)
+from metaformer.analysis.contestants import BEST, EXPORTED, LAYOUTS, OTHERS, OURS, PRECISIONS, RUNTIMES, TASKS, Cell
 from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import Timing, compared, place
 from metaformer.errors import InputError, run_command
@@ -87,7 +74,7 @@ def parse() -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is timed (default: both)")
     add("--batch", type=positive, nargs="+", metavar="N", help="images in a batch (default: 8)")
     add("--size", type=positive, nargs="+", default=[224], metavar="PIXELS", help="side, or height and width (224)")
-    add("--precision", nargs="+", choices=DTYPES, help="default: float32")
+    add("--precision", nargs="+", choices=contestants.DTYPES, help="default: float32")
     add("--memory-format", nargs="+", choices=LAYOUTS, help="default: channels_last")
     gpu = torch.cuda.is_available()
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="default: a GPU if there is one")
@@ -98,7 +85,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[Entry]]]:
+def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestants.Entry]]]:
     """The cells that the options ask for, with the contestants of each."""
     size, device = options.size, torch.device(options.device)
     if len(size) > 2:
@@ -110,18 +97,18 @@ def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[Entry]]]:
     if wrong := [precision for precision in options.precision or () if precision not in PRECISIONS[options.device]]:
         raise InputError(f"--precision {wrong[0]}: on this device, use {', '.join(PRECISIONS[options.device])}")
     matrix, two = options.matrix, (options.matrix or options.growth) and options.model in POOLFORMERS
-    every = matrix and (options.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    every = matrix and (options.device == "cuda" or contestants.has_bfloat16())
     precisions = options.precision or (PRECISIONS[options.device] if every else ["float32"])
     runtimes = options.runtimes or (RUNTIMES if matrix else ["eager"])
     layouts = options.memory_format or (LAYOUTS if matrix else ["channels_last"])
     found = []
     for task, precision in product([task for task in TASKS if task in options.tasks], precisions):
-        forms = chosen_forms(options.model, options.forms or ([BEST[task], "timm"] if two else None), [task])
-        entered = entries(task, forms, runtimes, layouts)
+        given = options.forms or ([BEST[task], "timm"] if two else None)
+        entered = contestants.entries(task, contestants.chosen_forms(options.model, given, [task]), runtimes, layouts)
         if not entered:
             raise InputError(f"no contestant does {task}: {' and '.join(EXPORTED)} do inference, not of the form fused")
-        batches = options.batch or (MATRIX[task] if matrix else [8])
-        cells = [Cell(task, options.model, batch, (size[0], size[-1]), precision, device) for batch in batches]
+        base = Cell(task, options.model, 8, (size[0], size[-1]), precision, device)
+        cells = [base._replace(batch=batch) for batch in options.batch or (MATRIX[task] if matrix else [8])]
         if options.growth:
             grown = [cells[0]._replace(**{field: value}) for field, values in GROWTH.items() for value in values]
             cells = dict.fromkeys([cells[0], *grown])

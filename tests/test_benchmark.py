@@ -138,8 +138,8 @@ def test_what_the_processor_lacks_is_named(monkeypatch):
 
 def test_each_starts_a_round_in_turn(monkeypatch):
     order = []
-    monkeypatch.setattr(benchmark, "reference", lambda *_: [])
-    monkeypatch.setattr(benchmark, "contestant", lambda entry, _: entry.form)
+    monkeypatch.setattr(contestants, "reference", lambda *_: [])
+    monkeypatch.setattr(contestants, "contestant", lambda entry, _: entry.form)
     monkeypatch.setattr(benchmark, "warm_up", lambda name, *_: (name, {"calls": 1, "seconds": []}))
     monkeypatch.setattr(benchmark, "seconds_of", lambda call, calls, device: order.append(call))
     entered = [contestants.Entry(name, "eager", "contiguous") for name in "abc"]
@@ -159,7 +159,7 @@ def test_only_inference_is_compiled_with_freezing(monkeypatch):
             seen.append(inductor.freezing)
             return x
 
-    monkeypatch.setattr(benchmark, "largest_error", lambda *_: 0.0)
+    monkeypatch.setattr(contestants, "largest_error", lambda *_: 0.0)
     for training, runtime in ((False, "compiled"), (True, "compiled"), (False, "eager")):
         benchmark.warm_up(toy(Watched().train(training), 1, runtime=runtime), cell(), [], 1e-9, memory=False)
         assert any(seen) == (runtime == "compiled" and not training)

@@ -30,18 +30,8 @@ from torch._inductor import config as inductor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from metaformer.analysis.contestants import (
-    DTYPES,
-    SEED,
-    TOLERANCES,
-    Cell,
-    Contestant,
-    Entry,
-    contestant,
-    largest_error,
-    ours,
-    reference,
-)
+from metaformer.analysis import contestants
+from metaformer.analysis.contestants import DTYPES, SEED, TOLERANCES, Cell, Contestant, Entry
 from metaformer.analysis.count import count
 from metaformer.errors import InputError
 from metaformer.mixers import Size
@@ -94,14 +84,15 @@ def measure(cell: Cell, entered: list[Entry], rounds: int, seconds: float, memor
     for entry in tqdm(entered, desc=f"{cell}: warm-up", unit="contestant", disable=None):
         try:
             set_precision("float32")
-            expected = reference(entry.form, cell)
+            expected = contestants.reference(entry.form, cell)
             set_precision(cell.precision)
-            found.append(warm_up(contestant(entry, cell), cell, expected, seconds, memory))
+            found.append(warm_up(contestants.contestant(entry, cell), cell, expected, seconds, memory))
         except Exception as error:  # whatever it is, the others are timed, and the record says what is missing
             absent.append({**entry._asdict(), "reason": reason(error)})
     turns = deque(found)
     for _ in tqdm(range(rounds), desc=str(cell), unit="round", disable=None):
         for call, result in turns:
+            time.sleep(0.02)  # the threads of the previous contestant wait actively for a few milliseconds
             result["seconds"].append(seconds_of(call, result["calls"], cell.device))
         turns.rotate(-1)
     return {"contestants": [result for _, result in found], "absent": absent}
@@ -132,7 +123,7 @@ def warm_up(
     freezes = entry.runtime == "compiled" and not training and cell.device.type == "cpu"
     with inductor.patch(freezing=True) if freezes else nullcontext():
         first, *_, last = (seconds_of(contestant.call, 1, cell.device) for _ in range(WARM_UP))
-    error = largest_error(contestant.outputs(), expected)
+    error = contestants.largest_error(contestant.outputs(), expected)
     if not error <= TOLERANCES[cell.precision]:
         raise InputError(f"its output differs from the plain form's in float32 by {error:.1e} of it")
     peak = None
@@ -204,7 +195,7 @@ def resident_growth(entry: Entry, cell: Cell, threads: int) -> int:
     torch.set_num_threads(threads)
     set_precision(cell.precision)
     before = resident("VmRSS")
-    entered = contestant(entry, cell)
+    entered = contestants.contestant(entry, cell)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of building the model
     for _ in range(2):
         entered.call()
@@ -247,7 +238,7 @@ def floor(cell: Cell, counted: dict[str, Any], rates: dict[str, float]) -> dict[
         rates: ``macs_per_s`` and ``bytes_per_s`` of the machine.
     """
     images = 3 * math.prod(cell.size)
-    read, written = elements(ours(cell, fused=False), cell.size)
+    read, written = elements(contestants.ours(cell, fused=False), cell.size)
     training = cell.task == "training"
     elements_of_image = 3 * read - images + 2 * written if training else read + written
     weights = (3 if training else 1) * (counted["learnable"] + counted["frozen"])

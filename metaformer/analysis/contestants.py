@@ -186,7 +186,7 @@ def contestant(entry: Entry, cell: Cell) -> Contestant:
     if entry.runtime in EXPORTED:
         call = exported(entry, cell)
         return Contestant(entry, build(entry.form, entry.memory_format, cell), call, call)
-    if cell.precision == "mkldnn_bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if cell.precision == "mkldnn_bf16" and not has_bfloat16():
         raise InputError("oneDNN has no bfloat16 products on this processor")
     model = build(entry.form, entry.memory_format, cell)
     images = given(cell).images.to(memory_format=LAYOUTS[entry.memory_format])
@@ -206,6 +206,11 @@ def contestant(entry: Entry, cell: Cell) -> Contestant:
         return loss.detach()
 
     return Contestant(entry, model, forward, step if model.training else torch.no_grad()(forward))
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN multiplies in bfloat16 on this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def exported(entry: Entry, cell: Cell) -> Callable[[], Tensor]:

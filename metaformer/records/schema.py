@@ -287,7 +287,7 @@ class Benchmark(Provenance):
     @model_validator(mode="before")
     @classmethod
     def _of_one_setting(cls, record: Any) -> Any:
-        """Bring a record of version 0.1, of several tasks in one setting, into the form with cells."""
+        """Bring a record of version 0.1.0, of several tasks in one setting, into the form with cells."""
         if not isinstance(record, dict) or "tasks" not in record:
             return record
         try:
