@@ -21,7 +21,7 @@ mode, without drop path and optimizer. Saved bytes are those of all tensors that
 each storage once, without parameters and buffers. They include the images and copies of weights made by autocast or a
 compiled step; a larger batch shares these copies among more images. Peak memory on a GPU is the most that a call
 allocates beyond what was allocated before it, which includes the weights but not the gradients. On a CPU, --memory
-gives the resident memory that the model and two calls take in a fresh process, except for compiled forms.
+gives the resident memory that an eager model and two calls take in a fresh process.
 
 float32 computes in float32 only. tf32 allows TensorFloat-32 in convolutions and in matrix products, and mkldnn_bf16
 lets oneDNN round the factors of float32 products to bfloat16 (torch.backends.mkldnn.fp32_precision). bfloat16 and
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="default: a GPU if there is one")
     add("--rounds", type=positive, default=7, metavar="N", help="turns of each contestant (default: %(default)s)")
     add("--seconds", type=float, default=0.2, metavar="S", help="least duration of a turn (default: %(default)s)")
-    add("--memory", action="store_true", help="measure the resident memory on a CPU as well, in fresh processes")
+    add("--memory", action="store_true", help="measure the memory of eager forms on a CPU as well")
     add("--record", type=Path, metavar="FILE", help="JSON record (default: runs/benchmark-MODEL-DATE.json)")
     return parser.parse_args()
 

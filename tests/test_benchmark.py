@@ -66,18 +66,17 @@ def test_all_forms_are_the_same_model():
     assert relative_error(logits["timm"], logits["plain"]) > 1e-3
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_files_are_the_same_model(runtime):
+def test_files_are_the_same_model():
     small = cell(batch=2)
-    compared = entries(small, ["fused", "folded", "timm"], [runtime])
-    assert [entry.form for entry in compared] == ["folded", "timm"]
-    if importlib.util.find_spec(runtime) is None:
-        with pytest.raises(InputError, match=f"not installed: {runtime}"):
-            contestants.contestant(compared[0], small)
-        return
+    compared = entries(small, ["fused", "folded", "timm"], contestants.EXPORTED)
+    assert [(entry.form, entry.runtime) for entry in compared] == [*product(["folded", "timm"], contestants.EXPORTED)]
     for entry in compared:
-        found = contestants.contestant(entry, small).outputs()
-        assert contestants.largest_error(found, contestants.reference(entry.form, small)) < 1e-4
+        if importlib.util.find_spec(entry.runtime) is None:
+            with pytest.raises(InputError, match=f"not installed: {entry.runtime}"):
+                contestants.contestant(entry, small)
+        else:
+            found = contestants.contestant(entry, small).outputs()
+            assert contestants.largest_error(found, contestants.reference(entry.form, small)) < 1e-4
 
 
 def test_a_step_fills_every_gradient_anew():
@@ -97,8 +96,7 @@ def test_a_step_fills_every_gradient_anew():
         assert contestants.largest_error(contestant.outputs(), expected) < 1e-3
 
 
-@pytest.mark.parametrize("task", contestants.TASKS)
-@pytest.mark.parametrize("name", ["layer_scale2", "mlp.fc1.weight"])
+@pytest.mark.parametrize(("task", "name"), [("inference", "layer_scale2"), ("training", "mlp.fc1.weight")])
 def test_another_function_is_not_timed(task, name, monkeypatch):
     """A block that computes something else changes the outputs by more than the tolerance."""
     build = contestants.build
@@ -118,13 +116,12 @@ def test_another_function_is_not_timed(task, name, monkeypatch):
     assert "its output differs from the plain form's in float32 by" in absent["reason"]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("task", contestants.TASKS)
-def test_every_form_is_timed(task, precision):
-    small = cell(task, batch=2, precision=precision)
+def test_every_form_is_timed_in_bfloat16(task):
+    small = cell(task, size=(32, 32), precision="bfloat16")
     result = benchmark.measure(small, entries(small), 1, 1e-9, memory=False)
     assert result["absent"] == []
-    assert all((of["error"] > 1e-3) == (precision == "bfloat16") for of in result["contestants"])
+    assert all(of["error"] > 1e-4 for of in result["contestants"])  # it is another precision
 
 
 def test_what_the_processor_lacks_is_named(monkeypatch):

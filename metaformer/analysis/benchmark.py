@@ -129,7 +129,7 @@ def warm_up(
     peak = None
     if cell.device.type == "cuda":
         peak = peak_bytes(contestant, cell.device)
-    elif memory and entry.runtime != "compiled":  # the compiler needs more memory than the model
+    elif memory and entry.runtime == "eager":  # the compiler and the exporter need more memory than the model
         peak = resident_bytes(entry, cell)
     return contestant.call, {
         **entry._asdict(),
@@ -194,6 +194,7 @@ def resident_bytes(entry: Entry, cell: Cell) -> int:
 def resident_growth(entry: Entry, cell: Cell, threads: int) -> int:
     torch.set_num_threads(threads)
     set_precision(cell.precision)
+    contestants.given(cell)  # all contestants hold it
     before = resident("VmRSS")
     entered = contestants.contestant(entry, cell)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of building the model
