@@ -77,9 +77,6 @@ class Entry(NamedTuple):
     runtime: str
     memory_format: str
 
-    def __str__(self) -> str:
-        return f"{self.form} ({self.runtime}, {self.memory_format})"
-
 
 class Given(NamedTuple):
     """What all contestants get."""
