@@ -45,7 +45,7 @@ from metaformer.provenance import write_json
 from metaformer.records import Benchmark
 from metaformer.variants import POOLFORMERS
 
-MATRIX = {"inference": (1, 8, 32), "training": (8, 32)}
+MATRIX = {"inference": (1, 8), "training": (8,)}
 """Batches of --matrix."""
 GROWTH = {
     "batch": (1, 2, 4, 8, 16, 32, 64),
