@@ -12,8 +12,8 @@ order, and they are compared round by round. A contestant is timed only if its o
 float32; one that cannot be timed is listed with the reason.
 
 Each task, batch and precision is a comparison of its own, which enters the record when it is done. --matrix compares
-our fastest form with timm's class in all runtimes, layouts and precisions of the device, and takes about 20 minutes on
-two cores. --growth compares the two in batches of 1 to 64, sizes of 96 to 384 and all PoolFormers, eager, with their
+our fastest form with timm's class in all runtimes, layouts and precisions of the device; compilation takes most of its
+time. --growth compares the two in batches of 1 to 64, sizes of 96 to 384 and all PoolFormers, eager, with their
 memory. Other options narrow or widen both.
 
 Inference runs the model in eval mode without gradients. A training step is forward, cross-entropy and backward in train
