@@ -9,7 +9,7 @@ from metaformer.analysis.paper import BUILT, ROOT, rows_of
 from metaformer.analysis.readme import sections
 from metaformer.analysis.render import render, with_section
 from metaformer.analysis.report import report
-from metaformer.analysis.speed import cost, loader, parity, speed
+from metaformer.analysis.speed import cost, fastest, loader, parity, speed
 from metaformer.analysis.studies import conclusions, faults, proxy
 from metaformer.analysis.tables import claims, table1, table2, table3, table4, table5, table6, table7
 from metaformer.variants import ABLATIONS, ablation_config
@@ -18,7 +18,7 @@ TABLES = {
     make.__name__: make
     for make in (
         *(table1, table2, table3, table4, table5, table6, table7),
-        *(claims, cost, speed, loader, proxy, conclusions, faults, parity),
+        *(claims, cost, speed, fastest, loader, proxy, conclusions, faults, parity),
     )
 }
 """Functions from :class:`Measured` to :class:`Table`, by the name of the table and its files."""

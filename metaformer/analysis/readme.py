@@ -59,7 +59,7 @@ def status(tables: dict[str, Table], measured: Measured) -> str:
     measured_here = len(accuracies) - accuracies.count(None)
     asked = list(judged(measured))
     decided = {each.statement for each in asked if each.verdict.kind in ("holds", "fails")}
-    devices = {row["device"] for record in measured.records["benchmark"] for row in beside_timm(record)}
+    devices = {device for _, device, _, _ in beside_timm(measured)}
     lines = [
         "- **Architecture**: with the same weights, logits, features and gradients equal those of timm's and "
         "`transformers`' PoolFormer (float64, to 1e-10).",
@@ -150,10 +150,9 @@ def counted(row: Row, column: str, digits: int) -> Number:
 
 def speed(measured: Measured) -> str:
     """Ranges of the speed relative to timm's class over all measured batches, sizes, precisions and layouts."""
-    rows = [row for record in measured.records["benchmark"] for row in beside_timm(record)]
     ratios: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        ratios.setdefault((row["model"], row["device"], row["task"]), []).append(row["ratio, round by round"].value)
+    for *place, ratio in beside_timm(measured):
+        ratios.setdefault(tuple(place), []).append(ratio)
     lines = [
         {
             **dict(zip(("model", "device", "task"), place, strict=True)),

@@ -3,6 +3,7 @@
 import math
 from base64 import b64encode
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -19,6 +20,7 @@ FIGURES = {
     "fig3": "ImageNet-1K top-1 against MACs and against parameters, by kind of token mixer (Figure 3).",
     "ablation": "Top-1 of the ablation's variants minus the baseline's (Table 5), as the paper prints them.",
     "proxy": "The same differences in the studies at a small scale, beside the paper's.",
+    "growth": "Speed and memory of ours and of timm's class against batch, size and model, measured on one machine.",
 }
 WIDTH, HEIGHT = 200, 100
 """Of a panel of curves, in its own units."""
@@ -32,7 +34,7 @@ def report(tables: dict[str, Table], measured: Measured) -> str:
     template = environment.from_string((ROOT / "analysis/report.template.html").read_text(encoding="utf-8"))
     page = template.render(
         tables=[section(table) for table in tables.values()],
-        figures=[(name, image(name), caption) for name, caption in FIGURES.items()],
+        figures=[(name, image(name), caption) for name, caption in FIGURES.items() if svg(name).exists()],
         studies=[study(name, results) for name, results in measured.studies.items()],
         width=WIDTH,
         height=HEIGHT,
@@ -66,7 +68,11 @@ JUDGED = ("holds", "fails", "undecided", NOT_RUN)
 
 def image(name: str) -> str:
     """A figure as a data URL."""
-    return "data:image/svg+xml;base64," + b64encode((ROOT / f"analysis/figures/{name}.svg").read_bytes()).decode()
+    return "data:image/svg+xml;base64," + b64encode(svg(name).read_bytes()).decode()
+
+
+def svg(name: str) -> Path:
+    return ROOT / f"analysis/figures/{name}.svg"
 
 
 def study(name: str, results: Results) -> dict[str, Any]:
