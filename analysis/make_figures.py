@@ -1,4 +1,4 @@
-"""Draws the paper's figures from its tables, and training curves, as PNG and SVG.
+"""Draws the paper's figures from its tables, the measured ones, and training curves, as PNG and SVG.
 
 python analysis/make_figures.py [FIGURE...] [--runs FOLDER...] [--out FOLDER]
 """
@@ -36,7 +36,7 @@ def main() -> None:
     with mpl.rc_context(STYLE):
         for name in wanted:
             figure = curves(options.runs) if name == "curves" else FIGURES[name]()
-            print(*save(figure, name, options.out), sep="\n")
+            print(*(save(figure, name, options.out) if figure else [f"{name}: not measured"]), sep="\n")
 
 
 if __name__ == "__main__":

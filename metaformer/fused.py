@@ -39,7 +39,8 @@ from metaformer.mixers import Pooling
 
 CACHED = 2**24
 """Bytes of the MLP's hidden maps that a CPU computes at once in training. They fit its cache, and stay below the 32 MiB
-from which the C library requests every buffer from the kernel anew."""
+from which the C library requests every buffer from the kernel anew. If the whole batch has no more, GELU's output is
+kept for the backward pass as well, because computing it again takes longer than memory of this size is worth."""
 
 
 class FusedBlock(MetaFormerBlock):
@@ -165,7 +166,7 @@ def mlp_half(
             ``None``.
         keep: drop path's factor per sample, (B, 1, 1, 1), or ``None``.
         eps: added to the variance.
-        recompute: compute the pre-activation again in the backward pass instead of keeping its K channels.
+        recompute: compute the K channels of the hidden layer again in the backward pass instead of keeping them.
     """
     gamma, beta, w1, b1, w2, b2, layer_scale = weights
     dtype = kernels.product_dtype(x)
@@ -173,19 +174,15 @@ def mlp_half(
         if not torch.is_grad_enabled():
             weight, bias = kernels.folded(w1.flatten(1), b1, gamma, beta)
             return kernels.add_mlp(x, weight, bias, w2.flatten(1), b2, kernels.factor(layer_scale, keep), eps, dtype)
-        count = samples_at_once(x, len(w1))
-        parts = x.split(count)
-        keeps = [None] * len(parts) if keep is None else keep.split(count)
-        done = [MlpHalf.apply(*given, eps, recompute, dtype, *weights) for given in zip(parts, keeps, strict=True)]
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-
-def samples_at_once(x: Tensor, channels: int) -> int:
-    """Number of samples of maps (B, C, H, W) in a part of the MLP half, whose hidden maps have ``channels``."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return len(x)
-    sample = channels * x.shape[2] * x.shape[3] * x.element_size()
-    return max(1, min(len(x), CACHED // sample))
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        sample = len(w1) * x.shape[2:].numel() * x.element_size()
+        small = len(x) * sample <= CACHED
+        arguments = (eps, 0 if recompute else 2 if on_cpu and small else 1, dtype, *weights)
+        if small or not on_cpu:
+            return MlpHalf.apply(x, keep, *arguments)
+        parts = x.split(max(1, CACHED // sample))
+        keeps = [None] * len(parts) if keep is None else keep.split(len(parts[0]))
+        return torch.cat([MlpHalf.apply(*given, *arguments) for given in zip(parts, keeps, strict=True)])
 
 
 class PoolingHalf(Function):
@@ -222,7 +219,7 @@ class PoolingHalf(Function):
 
 
 class MlpHalf(Function):
-    """:func:`mlp_half` with a gradient; keeps its input and, unless ``recompute``, the MLP's pre-activation."""
+    """:func:`mlp_half` with a gradient; keeps its input and the first ``kept`` of pre-activation and GELU's output."""
 
     @staticmethod
     def forward(
@@ -230,7 +227,7 @@ class MlpHalf(Function):
         x: Tensor,
         keep: Tensor | None,
         eps: float,
-        recompute: bool,
+        kept: int,
         dtype: torch.dtype,
         *weights: Tensor | None,
     ) -> Tensor:
@@ -238,14 +235,16 @@ class MlpHalf(Function):
         normalised, found = kernels.statistics(x, eps)
         weight, bias = kernels.folded(w1.flatten(1), b1, gamma, beta)
         hidden = kernels.pointwise(normalised.to(dtype), weight.to(dtype), bias.to(dtype))
-        branch = kernels.pointwise(F.gelu(hidden), w2.flatten(1).to(dtype), b2.to(dtype))
-        ctx.save_for_backward(keep, *found, None if recompute else hidden, x, *weights)
+        active = F.gelu(hidden)
+        branch = kernels.pointwise(active, w2.flatten(1).to(dtype), b2.to(dtype))
+        maps = (hidden if kept > 0 else None, active if kept > 1 else None)
+        ctx.save_for_backward(keep, *found, *maps, x, *weights)
         ctx.eps, ctx.dtype = eps, dtype
         return kernels.add(x, kernels.factor(layer_scale, keep), branch)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keep, mean, rstd, hidden, *inputs = ctx.saved_tensors
+        keep, mean, rstd, hidden, active, *inputs = ctx.saved_tensors
         x, gamma, beta, weight1, b1, weight2, b2, layer_scale = inputs
         w1, w2, dtype, found = weight1.flatten(1), weight2.flatten(1), ctx.dtype, (mean, rstd)
         if torch.is_grad_enabled() or kernels.transformed(grad):
@@ -259,10 +258,11 @@ class MlpHalf(Function):
             weight, bias = kernels.folded(w1, b1, gamma, beta)
             if hidden is None:
                 hidden = kernels.pointwise(normalised, weight.to(dtype), bias.to(dtype))
+            active = F.gelu(hidden) if active is None else active
 
             kept = grad if keep is None else keep * grad
             scaled = kept if layer_scale is None else kernels.factor(layer_scale) * kept
-            d_w2 = (kernels.rows(kept.to(dtype)).t() @ kernels.rows(F.gelu(hidden))).to(w2.dtype)
+            d_w2 = (kernels.rows(kept.to(dtype)).t() @ kernels.rows(active)).to(w2.dtype)
             d_b2 = kernels.rows(kept).sum(0)
             d_scale = None
             if layer_scale is not None:

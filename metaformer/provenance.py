@@ -20,6 +20,7 @@ from metaformer.errors import InputError
 
 PACKAGES = (
     *("metaformer", "torch", "torchvision", "timm", "numpy", "pillow", "transformers", "fvcore"),
+    *("onnx", "onnxruntime", "openvino"),
     *("mmengine", "mmcv-lite", "mmcv", "mmdet", "mmsegmentation", "opencv-python", "pycocotools"),
 )
 

@@ -3,7 +3,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -107,8 +107,12 @@ def run_script(script: str, *arguments: object) -> int:
     return ended.value.code or 0
 
 
-def wait_for(file: Path, seconds: float = 120) -> None:
+def wait_for(file: Path) -> None:
+    wait_until(file.exists)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.time() + seconds
-    while not file.exists():
-        assert time.time() < deadline, f"{file} did not appear"
+    while not holds():
+        assert time.time() < deadline, "what was waited for did not happen"
         time.sleep(0.02)

@@ -6,6 +6,8 @@ from pathlib import Path
 import mmengine.config
 import numpy as np
 from mmdet.visualization import DetLocalVisualizer
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
 from mmseg.visualization import SegLocalVisualizer
 from PIL import Image, ImageDraw
 
@@ -19,9 +21,13 @@ SCENES = ("sky", "ground", "house")
 mmengine.config.config.FormatCode = lambda text, **_: (text, True)
 
 
-def forget_visualizers() -> None:
-    """mmengine keeps one for each name, and it writes to the folder of the first run in the process."""
-    for kind in (DetLocalVisualizer, SegLocalVisualizer):
+def forget_runs() -> None:
+    """Remove what mmengine keeps of earlier runs in this process under their names, which two runs can share.
+
+    A visualizer writes to the folder of the first run. A run that starts in the same second as another, from a file of
+    the same name, takes the other's registries, log and message hub.
+    """
+    for kind in (DetLocalVisualizer, SegLocalVisualizer, DefaultScope, MMLogger, MessageHub):
         kind._instance_dict.clear()
 
 

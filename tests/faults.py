@@ -2,7 +2,7 @@
 
 python tests/faults.py [--rounds N] [--seed S] [--only SEED] [--record FILE]
 
-Every fault is tried once in a round, those that take milliseconds ten times, torchrun in every tenth round; what comes
+Every fault is tried once in a round, those that take milliseconds ten times, torchrun in each tenth round; what comes
 too late, when a run has ended, does not count. A run that was killed or failed continues and must end as one that was
 left alone: the same weights, optimizer, curve and events to the last bit. What was corrupted must be refused in one
 sentence or read as before, and nothing in it executed. A trial follows from its seed, and --only SEED repeats it; kills
@@ -763,7 +763,7 @@ def seeds_of(rounds: int, seed: int) -> list[int]:
         seed * OF_A_CAMPAIGN + number * OF_A_FAULT + turn * fault.in_a_round + again
         for turn in range(rounds)
         for number, fault in enumerate(FAULTS)
-        if turn % fault.every == 0
+        if (turn + 1) % fault.every == 0
         for again in range(fault.in_a_round)
     ]
 

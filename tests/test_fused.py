@@ -221,8 +221,8 @@ def test_parts_without_gradient():
         assert ours.grad is None or relative_error(ours.grad, theirs.grad) < 1e-9, name
 
 
-def test_saved_activations_of_s12():
-    """At most 45 % of timm's, and at most 20 % where a product is computed twice."""
+def test_saved_activations_of_s12(monkeypatch):
+    """At most 75 % of timm's for a small batch, 45 % for a large one, and 20 % where a product is computed twice."""
     model = timm.create_model("poolformer_s12").train()
     images = drawn(1, 3, 224, 224, dtype=torch.float32)
 
@@ -242,6 +242,8 @@ def test_saved_activations_of_s12():
 
     theirs = saved(timm_twin("poolformer_s12", model))
     assert round(theirs / 1e6, 1) == 59.7
+    assert saved(model) <= 0.75 * theirs
+    monkeypatch.setattr(metaformer.fused, "CACHED", 0)  # as if the batch were large
     assert saved(model) <= 0.45 * theirs
     model.set_grad_checkpointing()
     assert saved(model) <= 0.20 * theirs
@@ -371,8 +373,9 @@ def test_a_changed_block_computes_what_the_plain_one_does(name):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_folding_leaves_changed_blocks_as_they_are(name):
-    plain = nn.Sequential(*(blocks(drop_path=0.5)[1] for _ in range(2))).eval()
+    plain = nn.Sequential(*(blocks(drop_path=0.5)[1] for _ in range(2)))
     CHANGES[name](plain[1])
+    plain.eval()
     if name in ("pruning", "older weight norm"):  # they leave weights that are not leaves, which cannot be copied
         with pytest.raises(metaformer.InputError, match="cannot be copied: make pruning or weight norm permanent"):
             metaformer.fuse(plain)

@@ -5,11 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from timm.data import create_transform
+from timm.data.loader import fast_collate
 
 from metaformer.analysis import loader, speed
 from metaformer.analysis.measured import Measured
 from metaformer.records import import_records
+from metaformer.training.batches import TrainBatches, seed_everything
+from metaformer.training.config import load_config
+from metaformer.training.distributed import join
+from metaformer.training.loader import train_loader
 
 SIDE = 32
 
@@ -46,6 +53,41 @@ def measure(command, config_file):
     threads = torch.get_num_threads()
     yield lambda *arguments: command("analysis/loader.py", "--config", config_file, *arguments)
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_are_those_of_timm_whatever_their_encoding(workers, tmp_path):
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    picture = smooth(90, 70)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # orientation
+    picture.save(folder / "444.jpg", subsampling="4:4:4")
+    picture.save(folder / "422.jpg", subsampling="4:2:2")
+    picture.save(folder / "420.jpg", subsampling="4:2:0", progressive=True)
+    picture.save(folder / "exif.jpg", exif=rotated)
+    picture.convert("L").save(folder / "grey.jpg")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.save(folder / "rgb.png", transparency=(0, 0, 0))
+    picture.convert("P").save(folder / "palette.png")
+
+    options = {"scale": (0.3, 1.0), "ratio": (0.5, 2.0), "hflip": 0.5, "vflip": 0.3, "mean": (0.5, 0.4, 0.3)}
+    options["auto_augment"] = "rand-m9-mstd0.5-inc1"
+    config = load_config([]).model_copy(update={**options, "img_size": SIDE, "train_interpolation": "random"})
+    dataset = torchvision.datasets.ImageFolder(tmp_path / "train")
+    batches = TrainBatches(len(dataset), 8, accumulation=1, rank=0, world=1, seed=config.seed)
+    (batch,) = train_loader(config, dataset, batches, join(), workers)
+
+    options |= {"is_training": True, "use_prefetcher": True, "interpolation": "random"}
+    theirs, expected = create_transform(SIDE, **options), []
+    for epoch, index in next(iter(batches)):
+        seed_everything(config.seed, epoch, index)
+        path, label = dataset.samples[index]
+        expected.append((theirs(Image.open(path).convert("RGB")), label))
+    images, labels = fast_collate(expected)
+    assert torch.equal(batch.images, images)
+    assert torch.equal(batch.labels, labels)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 
-from conftest import EVERYTHING_RANDOM, TINY, draw, run_script, wait_for
+from conftest import EVERYTHING_RANDOM, TINY, draw, run_script, wait_for, wait_until
 from metaformer.training import distributed, slurm
 from metaformer.training.config import load_config
 from metaformer.training.distributed import Processes
@@ -95,33 +95,41 @@ def test_what_two_processes_validate_is_what_they_save(pictures, tmp_path):
     assert float(rows(folder)[0]["val_loss"]) == pytest.approx(metrics["loss"], rel=1e-6)
 
 
-@pytest.fixture
-def launched(pictures, tmp_path):
-    """A run of two processes that would take long, at work: (the launcher, its workers' pids)."""
+def launch(pictures: Path, folder: Path, **environment: str) -> Script:
+    """Start a run of two processes that would take long; returns when it has ended its first epoch."""
     settings = [f"data_dir={pictures}", *TINY, "epochs=500", "output=run"]
-    (tmp_path / "empty.yaml").write_text("")
-    launcher = Script("classification/launch.py", ["empty.yaml", *settings], tmp_path, GPUS="2")
-    wait_for(tmp_path / "run" / "metrics.csv")
-    yield launcher, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    launcher.send_signal(signal.SIGKILL)
+    (folder / "empty.yaml").write_text("")
+    launcher = Script("classification/launch.py", ["empty.yaml", *settings], folder, GPUS="2", **environment)
+    wait_for(folder / "run" / "metrics.csv")
+    return launcher
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_to_the_launcher_of_two_processes_saves(number, launched, tmp_path):
-    launcher, _ = launched
-    launcher.send_signal(number)
+def workers_of(launcher: Script) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+def test_a_signal_to_the_launcher_of_two_processes_saves(pictures, tmp_path):
+    launcher = launch(pictures, tmp_path)
+    launcher.send_signal(signal.SIGUSR2)
     status, out, err = launcher.ended()
-    assert (status, err) == (128 + number, "")
-    assert f"{number.name}: saved epoch" in out
+    assert (status, err) == (128 + signal.SIGUSR2, "")
+    assert "SIGUSR2: saved epoch" in out
     assert 0 < read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 500
 
 
-def test_a_killed_process_is_reported_and_the_last_checkpoint_stays(launched, tmp_path):
-    launcher, workers = launched
-    os.kill(int(workers[1]), signal.SIGKILL)
+def test_after_a_kill_the_processes_restart_from_the_last_checkpoint_as_often_as_asked(pictures, tmp_path):
+    launcher, record = launch(pictures, tmp_path, RESTARTS="1"), tmp_path / "run" / "run.json"
+    first = workers_of(launcher)
+    epoch = len(rows(tmp_path / "run"))
+    os.kill(first[1], signal.SIGKILL)
+    wait_until(lambda: len(json.loads(record.read_text())["starts"]) == 2 and len(rows(tmp_path / "run")) > epoch)
+    second = workers_of(launcher)
+    assert not {*first} & {*second}
+    os.kill(second[1], signal.SIGKILL)
     status, _, err = launcher.ended()
     assert (status, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
-    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > 0
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > epoch
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(i + 1) for i in range(len(rows(tmp_path / "run")))]
 
 
 def test_a_preempted_job_is_queued_again_when_the_run_has_saved(tmp_path):

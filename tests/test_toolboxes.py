@@ -34,7 +34,7 @@ import metaformer.mm.detection
 import metaformer.mm.patch_mmengine
 import metaformer.mm.segmentation
 from conftest import ROOT
-from drawn import draw_coco, draw_scenes, forget_visualizers
+from drawn import draw_coco, draw_scenes, forget_runs
 from metaformer import MLN, ChannelLayerNorm, InputError, records
 from metaformer.mm import MetaFormerBackbone
 from metaformer.mm.hooks import mim_command
@@ -473,7 +473,7 @@ def mim(*arguments, folder: Path, status: int = 0, **environment) -> str:
 def tool(toolbox, name: str, *arguments, folder: Path) -> None:
     """Run a program of a toolbox in this process, as mim does in one of its own."""
     script = Path(toolbox.__file__).parent / f".mim/tools/{name}.py"
-    forget_visualizers()
+    forget_runs()
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):  # the programs set LOCAL_RANK
         patch.chdir(folder)
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
@@ -657,7 +657,7 @@ def test_a_record_names_the_command_as_it_was_typed(tmp_path):
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_predict_draws_a_picture(task, request, command, tmp_path):
-    forget_visualizers()
+    forget_runs()
     folder, _ = request.getfixturevalue("trained_detector" if task == "detection" else "trained_segmentor")
     picture = tmp_path / "red.jpg"
     Image.new("RGB", (90, 70), "red").save(picture)

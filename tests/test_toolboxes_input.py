@@ -17,7 +17,7 @@ from PIL import Image
 import metaformer.mm.detection
 import metaformer.mm.patch_mmengine
 import metaformer.mm.segmentation
-from drawn import SCENES, detection_config, draw_coco, draw_scenes, forget_visualizers, segmentation_config
+from drawn import SCENES, detection_config, draw_coco, draw_scenes, forget_runs, segmentation_config
 from metaformer import InputError
 from metaformer.errors import as_raised
 from metaformer.mm.predict import load_model
@@ -27,7 +27,7 @@ from oracles import OFFICIAL_NAMES, renamed
 def runner(config: Path, work_dir: Path, **settings) -> Runner:
     config = Config.fromfile(config)
     config.merge_from_dict({"work_dir": str(work_dir), **settings})
-    forget_visualizers()
+    forget_runs()
     return Runner.from_cfg(config)
 
 

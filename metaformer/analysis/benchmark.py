@@ -1,6 +1,7 @@
 """Benchmark the speed and memory of the forms of a model, and estimate the least time that a batch can take.
 
-Each round times all contestants in a rotated order. Contestants are compared round by round.
+A cell is a task on a batch in a precision. Each round times all contestants of a cell in a rotated order, and they are
+compared round by round. Before, the output of each is compared with that of the plain form in float32.
 
 The floor is the larger of two times: the multiply-accumulates divided by the rate of large matrix products, and the
 bytes divided by the bandwidth of a large copy. The multiply-accumulates are those of :func:`count.count` without the
@@ -14,9 +15,13 @@ A model can be faster than the floor where maps stay in a cache.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import lru_cache
 from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,100 +30,116 @@ from torch._inductor import config as inductor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from metaformer.analysis.contestants import SEED, Contestant, Settings, contestants, ours
+from metaformer.analysis import contestants
+from metaformer.analysis.contestants import DTYPES, SEED, TOLERANCES, Cell, Contestant, Entry
 from metaformer.analysis.count import count
 from metaformer.errors import InputError
 from metaformer.mixers import Size
 from metaformer.model import MetaFormer, size_after
 from metaformer.provenance import provenance
 
-MATRIX = {"cpu": 2048, "cuda": 8192}
+SIDE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrices whose product is timed."""
 COPIED = {"cpu": 2**28, "cuda": 2**31}
 """Bytes of the buffer whose copy is timed; many times larger than a cache."""
 REPEATS = 10
 """Repetitions of the product and the copy, of which the fastest gives the rate."""
 WARM_UP = 3
-SHORTEST = 0.2
-"""Least duration of a contestant's turn in seconds, which sets the number of its calls."""
 
 
-def benchmark(forms: list[str], modes: list[bool], tasks: list[str], settings: Settings) -> dict[str, Any]:
-    """Run a benchmark and return its record (``records.Benchmark``)."""
-    start = provenance()
-    device = settings.device
-    counted = count(settings.model, settings.size)
-    torch.backends.cudnn.benchmark = True  # as training here
-    tf32 = settings.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    rates = {"macs_per_s": matrix_rate(settings.dtype, device), "bytes_per_s": bandwidth(device)}
-    of_settings = {**settings._asdict(), "size": list(settings.size), "device": device.type, "seed": SEED}
-    return {
-        "kind": "benchmark",
-        "model": of_settings.pop("model"),
-        "settings": of_settings,
-        "rates": rates,
-        "tasks": [
-            {
-                "task": task,
-                "floor": floor(task, settings, counted, rates),
-                "contestants": measure(forms, modes, task, settings),
-            }
-            for task in tasks
-        ],
-        **start,
-    }
+def benchmark(
+    cells: Iterable[tuple[Cell, list[Entry]]], rounds: int, seconds: float, memory: bool
+) -> Iterator[dict[str, Any]]:
+    """Measure cells one after the other; yields the record (``records.Benchmark``) as it grows.
 
-
-def measure(forms: list[str], modes: list[bool], task: str, settings: Settings) -> list[dict[str, Any]]:
-    """Measure every contestant (``records.Contestant``): seconds of a call in each round, and memory.
+    Args:
+        cells: the comparisons, with the contestants of each.
+        rounds: turns of each contestant.
+        seconds: least duration of a turn, which sets the number of its calls.
+        memory: measure the resident memory on a CPU as well, in a fresh process for each contestant.
 
     Raises:
-        InputError: a contestant runs out of memory or computes a value that is not finite.
+        InputError: a model does not take the size, or no contestant could be timed in any cell.
     """
-    torch.compiler.reset()  # otherwise the previous task's forms count towards the limit of recompilations
-    with naming_what_lacks_memory(task):
-        entered = contestants(forms, modes, task, settings)
-    results = []
-    for contestant in tqdm(entered, desc=f"{task}: warm-up", unit="contestant", disable=None):
-        with naming_what_lacks_memory(f"{task} of {contestant}"):
-            results.append(warm_up(contestant, settings))
-    turns = deque(zip(entered, results, strict=True))
-    for _ in tqdm(range(settings.rounds), desc=task, unit="round", disable=None):
-        for contestant, result in turns:
-            with naming_what_lacks_memory(f"{task} of {contestant}"):
-                result["seconds"].append(seconds_of(contestant.call, result["calls"], settings.device))
+    torch.backends.cudnn.benchmark = True  # as training here
+    record = {"kind": "benchmark", "settings": {"rounds": rounds, "turn_s": seconds, "seed": SEED}, "cells": []}
+    record |= provenance()
+    for cell, entered in cells:
+        counted = count(cell.model, cell.size)
+        rates = rates_of(cell.precision, cell.device)
+        about = {**cell._asdict(), "size": list(cell.size), "device": cell.device.type}
+        measured = measure(cell, entered, rounds, seconds, memory)
+        record["cells"].append({**about, "rates": rates, "floor": floor(cell, counted, rates), **measured})
+        if any(cell["contestants"] for cell in record["cells"]):
+            yield record
+    if not any(cell["contestants"] for cell in record["cells"]):
+        first = record["cells"][0]["absent"][0]
+        raise InputError(f"nothing can be timed; {first['form']} ({first['runtime']}): {first['reason']}")
+
+
+def measure(cell: Cell, entered: list[Entry], rounds: int, seconds: float, memory: bool) -> dict[str, Any]:
+    """Contestants with their seconds per call in each round and their memory, and those absent with the reason."""
+    torch.compiler.reset()  # otherwise the previous cell's forms count towards the limit of recompilations
+    found, absent = [], []
+    for entry in tqdm(entered, desc=f"{cell}: warm-up", unit="contestant", disable=None):
+        try:
+            set_precision("float32")
+            expected = contestants.reference(entry.form, cell)
+            set_precision(cell.precision)
+            found.append(warm_up(contestants.contestant(entry, cell), cell, expected, seconds, memory))
+        except Exception as error:  # whatever it is, the others are timed, and the record says what is missing
+            absent.append({**entry._asdict(), "reason": reason(error)})
+    turns = deque(found)
+    for _ in tqdm(range(rounds), desc=str(cell), unit="round", disable=None):
+        for call, result in turns:
+            time.sleep(0.02)  # the threads of the previous contestant wait actively for a few milliseconds
+            result["seconds"].append(seconds_of(call, result["calls"], cell.device))
         turns.rotate(-1)
-    return results
+    return {"contestants": [result for _, result in found], "absent": absent}
 
 
-def warm_up(contestant: Contestant, settings: Settings) -> dict[str, Any]:
-    """Call a contestant until it is compiled and warm; returns its entry in the record with no round timed yet."""
-    device, training = settings.device, contestant.model.training
-    freezes = contestant.compiled and not training and device.type == "cpu"
+def reason(error: Exception) -> str:
+    message = str(error).strip().partition("\n")[0] or "no message"
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:  # of a GPU, of a CPU
+        return "there is not enough memory: use a smaller --batch or --size"
+    return message if isinstance(error, InputError) else f"{type(error).__name__}: {message}"
+
+
+def set_precision(precision: str) -> None:
+    """Set what float32 products may round their factors to."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.mkldnn.fp32_precision = "bf16" if precision == "mkldnn_bf16" else "none"
+
+
+def warm_up(
+    contestant: Contestant, cell: Cell, expected: list[Tensor], seconds: float, memory: bool
+) -> tuple[Callable[[], Tensor], dict[str, Any]]:
+    """Call a contestant until it is compiled and warm; returns its call and its entry in the record, with no round yet.
+
+    Raises:
+        InputError: it computes something else than the plain form.
+    """
+    entry, training = contestant.entry, contestant.model.training
+    freezes = entry.runtime == "compiled" and not training and cell.device.type == "cpu"
     with inductor.patch(freezing=True) if freezes else nullcontext():
-        first, *_, seconds = (seconds_of(contestant.call, 1, device) for _ in range(WARM_UP))
-    if not torch.isfinite(contestant.call()).all():
-        raise InputError(f"{contestant} is not finite in {settings.precision}: use another --precision")
-    return {
-        "form": contestant.form,
-        "compiled": contestant.compiled,
+        first, *_, last = (seconds_of(contestant.call, 1, cell.device) for _ in range(WARM_UP))
+    error = contestants.largest_error(contestant.outputs(), expected)
+    if not error <= TOLERANCES[cell.precision]:
+        raise InputError(f"its output differs from the plain form's in float32 by {error:.1e} of it")
+    peak = None
+    if cell.device.type == "cuda":
+        peak = peak_bytes(contestant, cell.device)
+    elif memory and entry.runtime == "eager":  # the compiler and the exporter need more memory than the model
+        peak = resident_bytes(entry, cell)
+    return contestant.call, {
+        **entry._asdict(),
+        "error": error,
         "first_call_s": first,
-        "calls": math.ceil(SHORTEST / seconds),
+        "calls": math.ceil(seconds / last),
         "seconds": [],
-        "saved_bytes_per_image": saved_bytes(contestant) / settings.batch if training else None,
-        "peak_bytes": peak_bytes(contestant, device) if device.type == "cuda" else None,
+        "saved_bytes_per_image": saved_bytes(contestant) / cell.batch if training else None,
+        "peak_bytes": peak,
     }
-
-
-@contextmanager
-def naming_what_lacks_memory(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # of a CPU
-            raise
-        raise InputError(f"there is not enough memory for {what}: use a smaller --batch or --size") from error
 
 
 def seconds_of(call: Callable[[], Any], calls: int, device: torch.device) -> float:
@@ -164,9 +185,39 @@ def peak_bytes(contestant: Contestant, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def resident_bytes(entry: Entry, cell: Cell) -> int:
+    """Peak resident memory that the model and its calls take in a fresh process (Linux)."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(resident_growth, entry, cell, torch.get_num_threads()).result()
+
+
+def resident_growth(entry: Entry, cell: Cell, threads: int) -> int:
+    torch.set_num_threads(threads)
+    set_precision(cell.precision)
+    contestants.given(cell)  # all contestants hold it
+    before = resident("VmRSS")
+    entered = contestants.contestant(entry, cell)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of building the model
+    for _ in range(2):
+        entered.call()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status, which has kibibytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+@lru_cache
+def rates_of(precision: str, device: torch.device) -> dict[str, float]:
+    set_precision(precision)
+    return {"macs_per_s": matrix_rate(DTYPES[precision], device), "bytes_per_s": bandwidth(device)}
+
+
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Multiply-accumulates per second of a large matrix product, by PyTorch's fastest library for it."""
-    side = MATRIX[device.type]
+    side = SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     products = [lambda: torch.mm(left, right)]
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
@@ -180,21 +231,21 @@ def bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / min(seconds_of(lambda: target.copy_(source), 1, device) for _ in range(REPEATS))
 
 
-def floor(task: str, settings: Settings, counted: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
+def floor(cell: Cell, counted: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
     """MACs, bytes and least seconds of a batch, as defined at the top of this file.
 
     Args:
         counted: result of :func:`count.count` for the model.
         rates: ``macs_per_s`` and ``bytes_per_s`` of the machine.
     """
-    images = 3 * math.prod(settings.size)
-    read, written = elements(ours(settings, fused=False), settings.size)
-    training = task == "training"
+    images = 3 * math.prod(cell.size)
+    read, written = elements(contestants.ours(cell, fused=False), cell.size)
+    training = cell.task == "training"
     elements_of_image = 3 * read - images + 2 * written if training else read + written
     weights = (3 if training else 1) * (counted["learnable"] + counted["frozen"])
     products = sum(macs for operator, macs in counted["macs"].items() if not operator.endswith("_norm"))
-    macs = (3 if training else 1) * settings.batch * products
-    moved = settings.batch * settings.dtype.itemsize * elements_of_image + 4 * weights
+    macs = (3 if training else 1) * cell.batch * products
+    moved = cell.batch * cell.dtype.itemsize * elements_of_image + 4 * weights
     return {
         "macs": macs,
         "bytes": moved,

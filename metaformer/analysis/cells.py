@@ -80,7 +80,7 @@ class Accuracy(NamedTuple):
 class Measurement(NamedTuple):
     """A value that must be measured; ``None`` without a record."""
 
-    value: Number | Range | Mean | Accuracy | None
+    value: Number | Range | Mean | Accuracy | str | None
     absent: str = NOT_RUN
 
     def __str__(self) -> str:

@@ -1,21 +1,26 @@
-"""The contestants of a benchmark: forms of the same model with the same weights and images.
+"""The contestants of a benchmark: forms of the same model with the same weights and images, in different runtimes.
 
 This package has three forms: the equations as printed (``plain``), computed in fewer passes over memory (``fused``),
 and with the norms folded into the weights for inference (``folded``). timm and transformers have classes for the
-PoolFormers.
+PoolFormers. PyTorch runs a form ``eager`` or ``compiled``; onnxruntime and openvino run its ONNX file on a CPU.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import product
 from typing import NamedTuple
 
 import timm
 import timm.models.metaformer
 import torch
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.nn import functional as F
 
 import metaformer
+from metaformer import export
 from metaformer.errors import InputError
 from metaformer.formats import StateDict
 from metaformer.mixers import Size
@@ -23,20 +28,35 @@ from metaformer.model import MetaFormer
 from metaformer.variants import variant_arguments
 
 OURS, OTHERS = ("plain", "fused", "folded"), ("timm", "transformers")
+BEST = {"inference": "folded", "training": "fused"}
+"""Our fastest form for each task."""
 TASKS = ("inference", "training")
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPORTED = ("onnxruntime", "openvino")
+RUNTIMES = ("eager", "compiled", *EXPORTED)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DTYPES = {
+    **{"float32": torch.float32, "tf32": torch.float32, "mkldnn_bf16": torch.float32},
+    **{"bfloat16": torch.bfloat16, "float16": torch.float16},
+}
+"""Type of maps and products by precision. tf32 and mkldnn_bf16 round the factors of float32 products."""
+PRECISIONS = {
+    "cpu": ("float32", "bfloat16", "mkldnn_bf16"),
+    "cuda": ("float32", "tf32", "bfloat16", "float16"),
+}
+TOLERANCES = {"float32": 1e-4, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.05, "mkldnn_bf16": 0.05}
+"""Largest relative error of logits and gradient up to which a contestant computes the same as the plain form."""
 SEED = 0
 
 
-class Settings(NamedTuple):
+class Cell(NamedTuple):
+    """What the contestants of one comparison have in common."""
+
+    task: str
     model: str
     batch: int
     size: Size
     precision: str
-    memory_format: str
     device: torch.device
-    rounds: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,18 +65,42 @@ class Settings(NamedTuple):
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{self.task} of {self.model}, {self.batch} x {height} x {width}, {self.precision}"
 
-class Contestant(NamedTuple):
-    """A form of the model, eager or compiled, ready for its task on a batch."""
+
+class Entry(NamedTuple):
+    """What distinguishes the contestants of a comparison."""
 
     form: str
-    compiled: bool
-    model: nn.Module  # not compiled, in the mode of the task
+    runtime: str
+    memory_format: str
+
+
+class Given(NamedTuple):
+    """What all contestants get."""
+
+    weights: StateDict  # of the plain form
+    images: Tensor
+    labels: Tensor
+
+
+class Contestant(NamedTuple):
+    """A form of the model in a runtime, ready for its task on a batch."""
+
+    entry: Entry
+    model: nn.Module  # neither compiled nor exported, in the mode of the task
     forward: Callable[[], Tensor]  # returns the logits of the batch, (B, 1000)
     call: Callable[[], Tensor]  # the call that is timed: returns the logits in inference, the loss in training
 
-    def __str__(self) -> str:
-        return f"{self.form} ({'compiled' if self.compiled else 'eager'})"
+    def outputs(self) -> list[Tensor]:
+        """The logits and, in training, the gradient of the stem's weight."""
+        if not self.model.training:
+            return [self.call()]
+        logits = self.forward().detach()
+        self.call()
+        return [logits, stem_of(self.model).grad]
 
 
 def chosen_forms(model: str, given: list[str] | None, tasks: list[str]) -> list[str]:
@@ -75,58 +119,152 @@ def chosen_forms(model: str, given: list[str] | None, tasks: list[str]) -> list[
     return forms
 
 
-def contestants(forms: list[str], modes: list[bool], task: str, settings: Settings) -> list[Contestant]:
-    """Every form that can do the task, in each mode (``True``: compiled), on the same weights and images."""
-    torch.manual_seed(SEED)
-    weights = ours(settings, fused=False).state_dict()
-    images = torch.randn(settings.batch, 3, *settings.size)
-    images = images.to(settings.device, memory_format=LAYOUTS[settings.memory_format])
-    labels = torch.randint(1000, (settings.batch,)).to(settings.device)
-    models = {form: build(form, settings, weights) for form in forms if form != "folded" or task == "inference"}
+def entries(task: str, forms: list[str], runtimes: list[str], layouts: list[str]) -> list[Entry]:
+    """Every different contestant: a file has one layout and no fused form, and only PyTorch trains."""
+    of_pytorch = [runtime for runtime in runtimes if runtime not in EXPORTED]
+    exported = [runtime for runtime in runtimes if runtime in EXPORTED and task == "inference"]
+    forms = [form for form in forms if form != "folded" or task == "inference"]
+    exportable = [form for form in forms if form != "fused"]
     return [
-        contestant(form, compiled, model.train(task == "training"), images, labels, settings)
-        for form, model in models.items()
-        for compiled in modes
+        *(Entry(*place) for place in product(forms, of_pytorch, layouts)),
+        *(Entry(*place, "contiguous") for place in product(exportable, exported)),
     ]
 
 
-def build(form: str, settings: Settings, weights: StateDict) -> nn.Module:
-    """A form of the model with ``weights``; raises ``InputError`` if ``folded`` has nothing to fold."""
+@lru_cache(maxsize=1)
+def given(cell: Cell) -> Given:
+    """Weights and a random batch, from a fixed seed.
+
+    All vectors are random, since layer scales of 1e-5 would hide what a block computes from the comparison of outputs.
+    """
+    torch.manual_seed(SEED)
+    weights = ours(cell, fused=False).state_dict()
+    for tensor in weights.values():
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.add_(torch.rand_like(tensor) / 2)
+    images = torch.randn(cell.batch, 3, *cell.size)
+    return Given(weights, images.to(cell.device), torch.randint(1000, (cell.batch,)).to(cell.device))
+
+
+def build(form: str, memory_format: str, cell: Cell) -> nn.Module:
+    """A form of the model in the mode of the task; raises ``InputError`` if ``folded`` has nothing to fold."""
+    weights = given(cell).weights
     if form == "timm":
-        model = getattr(timm.models.metaformer, settings.model)()
+        model = getattr(timm.models.metaformer, cell.model)()
         model.load_state_dict(metaformer.convert(weights, "timm"))
     elif form == "transformers":
         from transformers import PoolFormerConfig, PoolFormerForImageClassification  # the import takes seconds
 
-        arguments = variant_arguments(settings.model)
+        arguments = variant_arguments(cell.model)
         config = PoolFormerConfig(depths=arguments["depths"], hidden_sizes=arguments["dims"], num_labels=1000)
         model = PoolFormerForImageClassification(config)
         model.load_state_dict(metaformer.convert(weights, "hf"))
     else:
-        model = ours(settings, fused=form != "plain")
+        model = ours(cell, fused=form != "plain")
         model.load_state_dict(weights)
-    model.to(settings.device, memory_format=LAYOUTS[settings.memory_format])
+    model.to(cell.device, memory_format=LAYOUTS[memory_format]).train(cell.task == "training")
     return metaformer.fuse(model) if form == "folded" else model
 
 
-def ours(settings: Settings, fused: bool) -> MetaFormer:
-    return timm.create_model(settings.model, img_size=settings.size, fused=fused)
+def ours(cell: Cell, fused: bool) -> MetaFormer:
+    return timm.create_model(cell.model, img_size=cell.size, fused=fused)
 
 
-def contestant(
-    form: str, compiled: bool, model: nn.Module, images: Tensor, labels: Tensor, settings: Settings
-) -> Contestant:
-    network = torch.compile(model) if compiled else model
+def stem_of(model: nn.Module) -> nn.Parameter:
+    return next(parameter for parameter in model.parameters() if parameter.ndim == 4)
+
+
+def contestant(entry: Entry, cell: Cell) -> Contestant:
+    """Build a contestant.
+
+    Raises:
+        InputError: a package is missing, or the runtime does not have the precision or the device.
+    """
+    if entry.runtime in EXPORTED:
+        call = exported(entry, cell)
+        return Contestant(entry, build(entry.form, entry.memory_format, cell), call, call)
+    if cell.precision == "mkldnn_bf16" and not has_bfloat16():
+        raise InputError("oneDNN has no bfloat16 products on this processor")
+    model = build(entry.form, entry.memory_format, cell)
+    images = given(cell).images.to(memory_format=LAYOUTS[entry.memory_format])
+    if entry.runtime == "compiled" and cell.device.type == "cpu":
+        get_cpp_compiler()  # raises without one
+    network = torch.compile(model) if entry.runtime == "compiled" else model
 
     def forward() -> Tensor:
-        with settings.autocast():
+        with cell.autocast():
             output = network(images)
         return output if isinstance(output, Tensor) else output.logits  # transformers returns named outputs
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(forward().float(), labels)
+        loss = F.cross_entropy(forward().float(), given(cell).labels)
         loss.backward()
         return loss.detach()
 
-    return Contestant(form, compiled, model, forward, step if model.training else torch.no_grad()(forward))
+    return Contestant(entry, model, forward, step if model.training else torch.no_grad()(forward))
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN multiplies in bfloat16 on this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def exported(entry: Entry, cell: Cell) -> Callable[[], Tensor]:
+    """What runs the ONNX file of a form, with as many threads as PyTorch has."""
+    runtime, half = entry.runtime, cell.precision != "float32"
+    needed = dict.fromkeys((*export.ONNX_PACKAGES, runtime))
+    if missing := [package for package in needed if find_spec(package) is None]:
+        raise InputError(f"not installed: {', '.join(missing)}")
+    if cell.device.type != "cpu":
+        raise InputError(f"{runtime} is timed on a CPU only")
+    if half and runtime == "onnxruntime":
+        raise InputError("onnxruntime has no bfloat16 for these operators on a CPU")
+    images, threads = given(cell).images.numpy(), torch.get_num_threads()
+    content = onnx(entry.form, cell)
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # not while the next contestant runs
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return lambda: torch.from_numpy(session.run(None, {"images": images})[0])
+    import openvino
+
+    precision = openvino.Type.bf16 if half else openvino.Type.f32
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+    core = openvino.Core()
+    network = core.compile_model(core.read_model(content), "CPU", settings)
+    if network.get_property("INFERENCE_PRECISION_HINT") != precision:
+        raise InputError(f"openvino has no {precision.get_type_name()} on this processor")
+    request = network.create_infer_request()
+    return lambda: torch.from_numpy(request.infer([images], share_inputs=True, share_outputs=True)[0])
+
+
+@lru_cache(maxsize=1)
+def onnx(form: str, cell: Cell) -> bytes:
+    """The ONNX file of a form for the images of the cell alone."""
+    return export.onnx(build(form, "contiguous", cell), given(cell).images, {}, ["logits"])[0]
+
+
+@lru_cache(maxsize=len(OURS + OTHERS))
+def reference(form: str, cell: Cell) -> list[Tensor]:
+    """What :meth:`Contestant.outputs` of ``form`` must be, from the maps of the plain form in float32.
+
+    timm's head averages before the norm and not after it, so that its logits are others than the plain form's.
+    """
+    plain = build("plain", "contiguous", cell)
+    head = build("timm", "contiguous", cell) if form == "timm" else plain
+    with torch.set_grad_enabled(plain.training):
+        logits = head.forward_head(plain.forward_features(given(cell).images))
+    if not plain.training:
+        return [logits]
+    F.cross_entropy(logits, given(cell).labels).backward()
+    return [logits.detach(), stem_of(plain).grad]
+
+
+def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest |found - expected| / |expected| (Euclidean norms); NaN if any value is."""
+    errors = [(value.float() - right).norm() / right.norm() for value, right in zip(found, expected, strict=True)]
+    return torch.stack(errors).max().item()

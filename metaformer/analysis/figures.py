@@ -1,6 +1,8 @@
 """The paper's figures from its tables, and training curves."""
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import ROOT, counted_value, rows_of
+from metaformer.analysis.speed import timings
 from metaformer.analysis.studies import paper_top1
 from metaformer.errors import InputError
 from metaformer.provenance import writing
 from metaformer.records.statistics import Interval
-from metaformer.variants import ROWS
+from metaformer.variants import POOLFORMERS, ROWS
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "metaformer"}
 """Settings of matplotlib for all figures; the salt makes the SVG files reproducible."""
@@ -139,6 +142,48 @@ def proxy() -> Figure:
     return figure
 
 
+def growth() -> Figure | None:
+    """Speed and memory of ours and of timm's class against batch, size and model; ``None`` if no record has them."""
+    records = Measured(ROOT / "analysis/results").records["benchmark"]
+    grown = [record for record in records if POOLFORMERS.keys() <= {cell.model for cell in record.cells}]
+    if not grown:
+        return None
+    base, models = grown[-1].cells[0], list(POOLFORMERS)
+    axes_of = {
+        "images in a batch": lambda cell: (cell.batch, (cell.model, cell.size)),
+        "side of the images, pixels": lambda cell: (cell.size[0], (cell.model, cell.batch)),
+        "model": lambda cell: (models.index(cell.model), (cell.batch, cell.size)),
+    }
+    device = grown[-1].device(base)
+    figure = Figure(figsize=(9.6, 6.2))
+    panels = figure.subplots(2, 3, sharex="col", sharey="row")
+    for (above, below), (title, place_of) in zip(panels.T, axes_of.items(), strict=True):
+        lines: dict[tuple[str, str], list[tuple[Any, float, float]]] = defaultdict(list)
+        for timing in timings(grown[-1]):
+            place, others = place_of(timing.cell)
+            if others == place_of(base)[1]:
+                peak = timing.contestant.peak_bytes
+                lines[timing.column, timing.cell.task].append((place, timing.interval.value, (peak or math.nan) / 1e6))
+        for (column, task), points in lines.items():
+            places, speeds, peaks = zip(*sorted(points), strict=True)
+            colour, dashes = COLOURS[4 if column.startswith("ours") else 1], "-" if task == "inference" else "--"
+            for axes, values in ((above, speeds), (below, peaks)):
+                axes.plot(places, values, dashes, color=colour, marker=".", label=f"{column}, {task}")
+        below.set_xlabel(title)
+    for axes in panels[:, 0]:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for axes, heading in zip(panels[:, 0], ("images/s", "peak memory, MB"), strict=True):
+        axes.set_yscale("log")
+        axes.set_ylabel(heading)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panels[1, 2].set_xticks(range(len(models)), [name.removeprefix("poolformer_").upper() for name in models])
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    height, width = base.size
+    figure.suptitle(f"{base.model}, {base.batch} x {height} x {width}, {base.precision}, where not varied; {device}")
+    return figure
+
+
 def curves(runs: list[Path]) -> Figure:
     """Training loss and accuracy of runs of one kind over their progress."""
     figure = Figure(figsize=(9.6, 3.8))
@@ -192,7 +237,9 @@ def label(axes: Axes, text: str, point: tuple[float, float], colour: str, below:
     axes.annotate(text, point, offset, textcoords="offset points", ha=side, fontsize=7, color=colour)
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {maker.__name__: maker for maker in (fig1b, fig3, ablation, proxy)}
+FIGURES: dict[str, Callable[[], Figure | None]] = {
+    maker.__name__: maker for maker in (fig1b, fig3, ablation, proxy, growth)
+}
 
 
 def save(figure: Figure, stem: str, out: Path) -> list[Path]:

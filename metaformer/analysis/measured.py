@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metaformer.analysis.cells import Accuracy, Measurement
+from metaformer.analysis.cells import Accuracy, Measurement, Row
 from metaformer.analysis.paper import built_rows, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Classification, Evaluation, Record, Training, read_record
@@ -32,8 +32,10 @@ class Measured:
                 if isinstance(record, Training) and record.settings.study:
                     runs[record.settings.study].append(record)
                     continue
-                if isinstance(record, Evaluation | Training | Benchmark):
+                if isinstance(record, Evaluation | Training):
                     check_row(record, path)
+                for cell in record.cells if isinstance(record, Benchmark) else []:
+                    place_of(cell.model, path)
                 if record in self.records[record.kind]:
                     raise InputError(f"{path} duplicates a record of another name: remove one")
                 self.records[record.kind].append(record)
@@ -79,13 +81,17 @@ def epochs_of(record: Evaluation) -> int:
     return record.training.epochs if isinstance(record, Classification) and record.training else 300
 
 
-def check_row(record: Evaluation | Training | Benchmark, path: Path) -> None:
-    """Raise an ``InputError`` if a record's model, data set or input differs from that of its row in the paper."""
-    # The first table that has the model; Table 5 repeats the baseline of Table 2.
+def place_of(model: str, path: Path) -> tuple[str, Row]:
+    """The first table that has a model, and its row; Table 5 repeats the baseline of Table 2."""
     places = {key_of(row["build"]): (table, row) for table, row in reversed(list(built_rows()))}
-    if record.model not in places:
-        raise InputError(f"{path}: model {record.model!r} is in no table{nearest(record.model, places)}")
-    table, row = places[record.model]
+    if model not in places:
+        raise InputError(f"{path}: model {model!r} is in no table{nearest(model, places)}")
+    return places[model]
+
+
+def check_row(record: Evaluation | Training, path: Path) -> None:
+    """Raise an ``InputError`` if a record's model, data set or input differs from that of its row in the paper."""
+    table, row = place_of(record.model, path)
     data = paper()[table]["data"]
     fields: dict[str, tuple[Any, Any]] = {}  # found and expected
     if isinstance(record, Evaluation):

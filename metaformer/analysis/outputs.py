@@ -11,7 +11,7 @@ from metaformer.analysis.paper import BUILT, ROOT, paper, rows_of
 from metaformer.analysis.readme import sections
 from metaformer.analysis.render import TEMPLATES, render, with_section
 from metaformer.analysis.report import report
-from metaformer.analysis.speed import cost, loader, parity, speed
+from metaformer.analysis.speed import cost, fastest, loader, parity, speed
 from metaformer.analysis.studies import conclusions, faults, proxy
 from metaformer.analysis.tables import by_columns, claims, table6
 from metaformer.variants import ABLATIONS, RELEASES, VARIANTS
@@ -19,7 +19,7 @@ from metaformer.variants import ABLATIONS, RELEASES, VARIANTS
 TABLES: dict[str, Callable[[Measured], Table]] = {
     **{f"table{number}": partial(by_columns, f"table{number}") for number in range(1, 8)},
     "table6": table6,
-    **{make.__name__: make for make in (claims, cost, speed, loader, proxy, conclusions, faults, parity)},
+    **{make.__name__: make for make in (claims, cost, speed, fastest, loader, proxy, conclusions, faults, parity)},
 }
 """Functions from :class:`Measured` to :class:`Table`, by the name of the table and its files."""
 

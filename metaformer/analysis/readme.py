@@ -56,7 +56,7 @@ def status(tables: dict[str, Table], measured: Measured) -> str:
         planned=len(accuracies),
         decided=len({each["statement"] for each in asked if each["verdict"].kind in ("holds", "fails")}),
         asked=len({each["statement"] for each in asked}),
-        devices={row["device"] for record in measured.records["benchmark"] for row in beside_timm(record)},
+        devices={device for _, device, _, _ in beside_timm(measured)},
     ).strip()
 
 
@@ -78,10 +78,9 @@ def verdicts(tables: list[Table]) -> Counter[str]:
 
 def speed(measured: Measured) -> str:
     """Ranges of the speed relative to timm's class over all measured batches, sizes, precisions and layouts."""
-    rows = [row for record in measured.records["benchmark"] for row in beside_timm(record)]
     ratios: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        ratios.setdefault((row["model"], row["device"], row["task"]), []).append(row["ratio, round by round"].value)
+    for *place, ratio in beside_timm(measured):
+        ratios.setdefault(tuple(place), []).append(ratio)
     lines = [
         {
             **dict(zip(("model", "device", "task"), place, strict=True)),

@@ -6,27 +6,40 @@ from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
+from scipy.stats import binom
+
 from metaformer.analysis.cells import NOT_MEASURED, Measurement, Number, Range, Row, Table, Verdict, rounded, spread
+from metaformer.analysis.contestants import BEST, EXPORTED, OURS, PRECISIONS, TASKS
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import built_rows, paper
-from metaformer.records import Benchmark, Contestant, Parity, Spread, Timed
+from metaformer.records import Benchmark, Cell, Contestant, Entry, Parity, Spread
 from metaformer.variants import POOLFORMERS
 
-BEST = {"inference": "folded", "training": "fused"}
-"""Our fastest form for each task."""
+COLUMNS = (*(f"{library}, {mode}" for library in ("ours", "timm") for mode in ("eager", "compiled")), *EXPORTED)
+"""Of the table of who is fastest; transformers' class has columns only where it was measured."""
 
 
 class Timing(NamedTuple):
-    """A contestant in a task of a benchmark."""
+    """A contestant in a cell of a benchmark."""
 
     record: Benchmark
-    timed: Timed
+    cell: Cell
     contestant: Contestant
 
     @property
     def images_per_s(self) -> list[float]:
         """By round."""
-        return [self.record.settings.batch / seconds for seconds in self.contestant.seconds]
+        return [self.cell.batch / seconds for seconds in self.contestant.seconds]
+
+    @property
+    def interval(self) -> Range:
+        """Median of images/s with its 95 % interval, which order statistics bound whatever the distribution is.
+
+        Fewer than 6 rounds have no such interval; their extremes take its place.
+        """
+        values = sorted(self.images_per_s)
+        left_out = max(int(binom.ppf(0.025, len(values), 0.5)) - 1, 0)
+        return Range(median(values), values[left_out], values[-1 - left_out], 1)
 
     @property
     def saved(self) -> Number | None:
@@ -34,68 +47,77 @@ class Timing(NamedTuple):
         saved = self.contestant.saved_bytes_per_image
         return None if saved is None else Number(saved / 1e6, 1)
 
-    def times_timm(self, compiled: bool) -> Range | None:
-        """The speed over that of timm's class in the same round."""
-        timm = find(self.timed, "timm", compiled)
+    @property
+    def layout(self) -> str:
+        return self.contestant.memory_format.replace("_", "-")
+
+    @property
+    def column(self) -> str:
+        """The contestant's column in the table of who is fastest."""
+        return column_of(self.contestant)
+
+    def times_timm(self, runtime: str) -> Range | None:
+        """The speed over that of timm's class in the same round and layout."""
+        timm = find(self.cell, "timm", runtime, self.contestant.memory_format)
         if timm is None:
             return None
         return spread([theirs / ours for theirs, ours in zip(timm.seconds, self.contestant.seconds, strict=True)], 2)
 
     def place(self) -> Row:
-        record = self.record
-        return {"model": record.model, "device": record.device, "batch, size and precision": title(record)}
+        return {**place(self.record, self.cell), "layout": self.layout}
 
     def figures(self) -> Row:
-        full, own_size = paper()["table2"]["data"], self.record.settings.size == (224, 224)
+        full, own_size = paper()["table2"]["data"], self.cell.size == (224, 224)
         hours = full["train_images"] * full["epochs"] / median(self.images_per_s) / 3600
-        floor, peak = self.timed.floor.seconds, self.contestant.peak_bytes
+        floor, peak, of = self.cell.floor.seconds, self.contestant.peak_bytes, self.contestant
         return {
-            "task": self.timed.task,
-            "form": f"{self.contestant.form}, compiled" if self.contestant.compiled else self.contestant.form,
+            "task": self.cell.task,
+            "form": of.form if of.runtime == "eager" else f"{of.form}, {of.runtime}",
             "images/s per device": Measurement(spread(self.images_per_s, 1)),
-            "times timm": self.times_timm(compiled=False),
-            "times timm, compiled": self.times_timm(compiled=True),
+            "times timm": self.times_timm("eager"),
+            "times timm, compiled": self.times_timm("compiled"),
             "saved, MB per image": self.saved,
             "peak, MB": None if peak is None else Number(peak / 1e6),
-            "of the floor's speed": Number(100 * floor / median(self.contestant.seconds), unit="%"),
-            "device-hours": Number(hours) if self.timed.task == "training" and own_size else None,
+            "of the floor's speed": Number(100 * floor / median(of.seconds), unit="%"),
+            "device-hours": Number(hours) if self.cell.task == "training" and own_size else None,
         }
 
 
 def timings(record: Benchmark) -> Iterator[Timing]:
-    """Every contestant in every task of a benchmark."""
-    yield from (Timing(record, timed, contestant) for timed in record.tasks for contestant in timed.contestants)
+    """Every contestant in every cell of a benchmark."""
+    yield from (Timing(record, cell, contestant) for cell in record.cells for contestant in cell.contestants)
 
 
-def find(timed: Timed, form: str, compiled: bool) -> Contestant | None:
-    return next((c for c in timed.contestants if (c.form, c.compiled) == (form, compiled)), None)
+def find(cell: Cell, form: str, runtime: str, memory_format: str) -> Contestant | None:
+    entry = form, runtime, memory_format
+    return next((c for c in cell.contestants if (c.form, c.runtime, c.memory_format) == entry), None)
 
 
-def title(record: Benchmark) -> str:
-    settings = record.settings
-    height, width = settings.size
-    return f"{settings.batch} x {height} x {width}, {settings.precision}, {settings.memory_format.replace('_', '-')}"
+def place(record: Benchmark, cell: Cell) -> Row:
+    height, width = cell.size
+    return {
+        "model": cell.model,
+        "device": record.device(cell),
+        "batch, size and precision": f"{cell.batch} x {height} x {width}, {cell.precision}",
+    }
 
 
 def speed(measured: Measured) -> Table:
     benchmarks = measured.records["benchmark"]
-    rows = []
-    for model in dict.fromkeys([*POOLFORMERS, *(record.model for record in benchmarks)]):
-        records = measured.of_model("benchmark", model)
-        rows += [
-            {**timing.place(), **timing.figures(), "measured": record.date[:10]}
-            for record in records
-            for timing in timings(record)
-        ] or [
-            {
-                "model": model,
-                **dict.fromkeys(("device", "batch, size and precision", "task", "form")),
-                "images/s per device": Measurement(None, NOT_MEASURED),
-            }
-        ]
+    rows = [
+        {**timing.place(), **timing.figures(), "measured": record.date[:10]}
+        for record in benchmarks
+        for timing in timings(record)
+    ]
+    found = {row["model"] for row in rows}
+    rows += [
+        {"model": model, "images/s per device": Measurement(None, NOT_MEASURED)}
+        for model in POOLFORMERS
+        if model not in found
+    ]
     notes = [
         "Values are medians over all rounds (minimum to maximum). 'times timm' is the speed divided by that of timm's "
-        "class, eager or compiled, in the same round.",
+        "class, eager or compiled, in the same round and layout.",
         "A training step is forward, loss and backward, without the optimizer. 'saved' is the memory that autograd "
         "keeps from forward to backward. metaformer/analysis/benchmark.py defines the floor.",
         "'device-hours' is the time that 300 epochs of ImageNet-1K, the paper's training, would take with such steps.",
@@ -103,23 +125,66 @@ def speed(measured: Measured) -> Table:
     return Table("speed", "Speed and memory of the forms of a model, in benchmarks on one device", rows, notes)
 
 
-def beside_timm(record: Benchmark) -> Iterator[Row]:
-    """A row for each task and mode in which a benchmark has both timm's class and our fastest form."""
-    for timed in record.tasks:
-        for compiled in (False, True):
-            found = [find(timed, form, compiled) for form in ("timm", BEST[timed.task])]
-            if None not in found:
-                timm, ours = (Timing(record, timed, contestant) for contestant in found)
-                yield {
-                    **ours.place(),
-                    "task": f"{timed.task}, compiled" if compiled else timed.task,
-                    "images/s, timm": spread(timm.images_per_s, 1),
-                    "images/s, ours": spread(ours.images_per_s, 1),
-                    "ratio, round by round": ours.times_timm(compiled),
-                    "saved by autograd, MB per image: timm / ours": f"{timm.saved} / {ours.saved}"
-                    if timed.task == "training"
-                    else None,
-                }
+def fastest(measured: Measured) -> Table:
+    """The fastest form and layout of every library and runtime in each cell, and who is the fastest of all."""
+    records = measured.records["benchmark"]
+    rows = [
+        {**place(record, cell), "task": cell.task, **compared(record, cell), "measured": record.date[:10]}
+        for record in records
+        for cell in record.cells
+    ]
+    found = {(cell.device, cell.precision, cell.task) for record in records for cell in record.cells}
+    rows += [
+        {"device": {"cpu": "any CPU", "cuda": "any GPU"}[device], "batch, size and precision": precision, "task": task}
+        | dict.fromkeys(("fastest", *COLUMNS), Measurement(None, NOT_MEASURED))
+        for device, precisions in PRECISIONS.items()
+        for precision in precisions
+        for task in TASKS
+        if (device, precision, task) not in found
+    ]
+    notes = [
+        "images/s of the fastest form and layout of each column: median over rounds in which all contestants of the "
+        "row took turns (95 % interval of the median, or the extremes of fewer than 6 rounds).",
+        "A column is the fastest if its interval lies above those of all others. Otherwise those that reach into the "
+        "interval of the highest median tie. onnxruntime and openvino run the ONNX files of ours and of timm's class.",
+    ]
+    return Table("fastest", "The fastest implementation in every measured setting", rows, notes)
+
+
+def compared(record: Benchmark, cell: Cell) -> Row:
+    """The row of a cell in :func:`fastest`."""
+    entered = [Timing(record, cell, contestant) for contestant in cell.contestants]
+    best = {timing.column: timing for timing in sorted(entered, key=lambda timing: timing.interval)}
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    for absent in cell.absent:
+        reasons[column_of(absent)][absent.reason] = None
+    texts = {column: f"{timing.interval}, {timing.contestant.form}, {timing.layout}" for column, timing in best.items()}
+    top = max((timing.interval for timing in best.values()), default=None)
+    level = [column for column, timing in best.items() if timing.interval.high >= top.low]
+    winner = level[0] if len(level) == 1 else f"tie: {'; '.join(reversed(level))}"
+    return {
+        "fastest": Measurement(winner if len(best) > 1 else None, NOT_MEASURED),
+        **{
+            column: Measurement(texts.get(column), "; ".join(reasons[column]) or NOT_MEASURED)
+            for column in dict.fromkeys((*COLUMNS, *texts, *reasons))
+        },
+    }
+
+
+def column_of(entry: Entry) -> str:
+    library = "ours" if entry.form in OURS else entry.form
+    return entry.runtime if entry.runtime in EXPORTED else f"{library}, {entry.runtime}"
+
+
+def beside_timm(measured: Measured) -> Iterator[tuple[str, str, str, float]]:
+    """Model, device, task and speed over timm's, of our fastest form beside timm's class in one runtime and layout."""
+    for record in measured.records["benchmark"]:
+        for timing in timings(record):
+            task, runtime = timing.cell.task, timing.contestant.runtime
+            ratio = timing.times_timm(runtime)
+            if timing.contestant.form == BEST[task] and ratio:
+                where = task if runtime == "eager" else f"{task}, {runtime}"
+                yield timing.cell.model, record.device(timing.cell), where, ratio.value
 
 
 def cost(measured: Measured) -> Table:
@@ -182,10 +247,16 @@ def loader(measured: Measured) -> Table:
     ]
     notes = [
         "Images/s of the training loader with the paper's augmentation, on JPEGs in the file cache: median over rounds "
-        "(minimum to maximum). Training decodes with Pillow. The other decoders were compared once, and "
-        "analysis/loader.py no longer measures them.",
+        '(minimum to maximum). Training has the loader of the rows "pillow", and analysis/loader.py measures it alone. '
+        "The other rows were measured once, by programs in the commits that their records name.",
         "speed.md and the run.json of a run give the images/s that a GPU takes. `analysis/loader.py --consume` "
         "computes the number of workers for them.",
+    ]
+    notes += [
+        f'Milliseconds of a picture in each stage of the loader "pillow", in one process, {record.date[:10]}: '
+        + ", ".join(f"{stage} {Number(of.median, 2)}" for stage, of in record.split_ms.items())
+        for record in measured.records["loader"]
+        if record.split_ms
     ]
     return Table("loader", "What the training loader delivers", rows, notes)
 

@@ -7,13 +7,14 @@ the runs of studies.
 from metaformer.records.importing import import_records, without_machine_paths
 from metaformer.records.schema import (
     Benchmark,
+    Cell,
     Classification,
     Contestant,
+    Entry,
     Evaluation,
     Parity,
     Record,
     Spread,
-    Timed,
     Training,
     parse,
     read_record,

@@ -206,11 +206,6 @@ class Training(Part):
 
 
 class BenchmarkSettings(Part):
-    batch: Positive
-    size: tuple[Positive, Positive]
-    precision: str
-    memory_format: str
-    device: Literal["cpu", "cuda"]
     rounds: Positive
     seed: int
 
@@ -230,39 +225,78 @@ class Floor(Part):
     seconds: Amount
 
 
-class Contestant(Part):
+class Entry(Part):
     form: str
-    compiled: bool
+    runtime: str
+    memory_format: str
+
+
+class Absent(Entry):
+    reason: str
+
+
+class Contestant(Entry):
     seconds: Annotated[list[Amount], Field(min_length=1)]
     """Duration of a call on the batch in each round."""
     saved_bytes_per_image: Amount | None
     peak_bytes: Positive | None
+    """On a GPU, what a call allocates; on a CPU, what model and calls take of a fresh process's resident memory."""
 
 
 def took_turns(contestants: list[Contestant]) -> list[Contestant]:
     if len({len(contestant.seconds) for contestant in contestants}) > 1:
         raise ValueError("the contestants do not have equally many rounds")
-    if len({(contestant.form, contestant.compiled) for contestant in contestants}) < len(contestants):
+    entries = {(contestant.form, contestant.runtime, contestant.memory_format) for contestant in contestants}
+    if len(entries) < len(contestants):
         raise ValueError("a contestant occurs twice")
     return contestants
 
 
-class Timed(Part):
+class Cell(Part):
+    """Contestants that took turns at one task on one batch."""
+
     task: Literal["inference", "training"]
+    model: str
+    batch: Positive
+    size: tuple[Positive, Positive]
+    precision: str
+    device: Literal["cpu", "cuda"]
+    rates: Rates
     floor: Floor
-    contestants: Annotated[list[Contestant], Field(min_length=1), AfterValidator(took_turns)]
+    contestants: Annotated[list[Contestant], AfterValidator(took_turns)]
+    absent: list[Absent] = []
 
 
 class Benchmark(Provenance):
     kind: Literal["benchmark"]
-    model: str
     settings: BenchmarkSettings
-    rates: Rates
-    tasks: Annotated[list[Timed], Field(min_length=1)]
+    cells: Annotated[list[Cell], Field(min_length=1)]
 
     @property
-    def device(self) -> str:
-        return self.hardware.device if self.settings.device == "cuda" else self.hardware.processor
+    def model(self) -> str:
+        """Stands in the name of the record's file."""
+        return self.cells[0].model if len({cell.model for cell in self.cells}) == 1 else "models"
+
+    def device(self, cell: Cell) -> str:
+        return self.hardware.device if cell.device == "cuda" else self.hardware.processor
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_setting(cls, record: Any) -> Any:
+        """Bring a record of version 0.1.0, of several tasks in one setting, into the form with cells."""
+        if not isinstance(record, dict) or "tasks" not in record:
+            return record
+        try:
+            about = {"model": record["model"], "rates": record["rates"], **record["settings"]}
+            cells = [{**about, **task} for task in record["tasks"]]
+            runtimes, layout = ("eager", "compiled"), about["memory_format"]
+            for cell in cells:
+                cell["contestants"] = [
+                    {**of, "runtime": runtimes[of["compiled"]], "memory_format": layout} for of in cell["contestants"]
+                ]
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"a part of a record without cells is missing or wrong ({error})") from error
+        return {**record, "cells": cells}
 
 
 class Spread(Part):
@@ -293,6 +327,8 @@ class Loading(Provenance):
     rounds: Positive
     consume_images_per_s: Amount | None
     decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
+    split_ms: dict[str, Spread] | None = None
+    """Milliseconds of a picture in each stage of the loader, in one process."""
     settings: Settings
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.loader import fast_collate
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from metaformer.errors import InputError
 from metaformer.training.config import Config
@@ -71,7 +70,7 @@ class TrainBatches(Sampler):
 
 
 class Images(Dataset):
-    """(epoch, index) to (uint8 array (3, H, W), label).
+    """(epoch, index) to (uint8 tensor (3, H, W), label).
 
     Args:
         seed: what the transform draws follows from (seed, epoch, index); ``None`` if it draws nothing, so that the
@@ -84,7 +83,7 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int] | Unreadable:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Unreadable:
         epoch, index = key
         if self.seed is not None:
             seed_everything(self.seed, epoch, index)
@@ -117,7 +116,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, in which no number is white")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def printable(text: str) -> str:
@@ -126,9 +126,13 @@ def printable(text: str) -> str:
 
 
 def collate(samples: list) -> Batch:
-    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
-    images, labels = fast_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.int64))
-    return Batch(images, labels, [sample for sample in samples if isinstance(sample, Unreadable)])
+    """Stack tensors (3, H, W) to a batch in channels-last layout, in which Pillow keeps its pixels."""
+    readable = [(sample[0].movedim(0, 2), sample[1]) for sample in samples if not isinstance(sample, Unreadable)]
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    if not readable:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), unreadable)
+    images, labels = default_collate(readable)  # in a loader process, straight into shared memory
+    return Batch(images.movedim(3, 1), labels, unreadable)
 
 
 def checked(
@@ -155,7 +159,7 @@ def checked(
 
 
 def transform(config: Config, is_training: bool) -> Any:
-    """timm's ImageNet transforms up to the uint8 array; normalisation and erasing follow on the device."""
+    """timm's ImageNet transforms up to the uint8 tensor; normalisation and erasing follow on the device."""
     options = {"interpolation": config.interpolation, "crop_pct": config.crop_pct}
     if is_training:
         names = ("scale", "ratio", "hflip", "vflip", "auto_augment", "mean", "std")

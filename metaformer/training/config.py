@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from metaformer.errors import InputError, nearest
 from metaformer.provenance import write_file
@@ -17,16 +17,14 @@ from metaformer.training import yaml12
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 DEMO = CONFIGS / "mnist.yaml"
 
-# strict, because true and false are no numbers
-NotNegative = Annotated[float, Field(ge=0, strict=True)]
-Above0 = Annotated[float, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(ge=0, le=1, strict=True)]
-PositiveShare = Annotated[float, Field(gt=0, le=1, strict=True)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
-Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[int, Field(ge=1, strict=True)]
-Side = Annotated[int, Field(ge=32, strict=True)]
+NotNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 Mean = tuple[Share, Share, Share]
 Std = tuple[PositiveShare, PositiveShare, PositiveShare]
 Filter = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -60,7 +58,7 @@ class Config(BaseModel):
         False, description="Decode all pictures, of one size, once, and crop and flip batches on the device"
     )
 
-    img_size: Side = Field(224, description="Height and width of the input in pixels")
+    img_size: Annotated[int, Field(ge=32)] = Field(224, description="Height and width of the input in pixels")
     crop_pct: PositiveShare | None = Field(
         None, description="Share of the side in the evaluation crop. null: the model's"
     )
@@ -119,6 +117,13 @@ class Config(BaseModel):
     study: str | None = Field(None, description="Set by ablate.sh: the study that the run belongs to")
     row: str | None = Field(None, description="Set by ablate.sh: the row of the study")
     expected_top1: Percent | None = Field(None, description="Top-1 of the paper, shown beside the one reached")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flags_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not is_flag(info.field_name):
+            raise ValueError("only flags are true or false")
+        return value
 
     @field_validator("scale", "ratio")
     @classmethod

@@ -18,6 +18,7 @@ from metaformer.formats import TO, convert
 from metaformer.model import MetaFormer
 from metaformer.provenance import write_file, write_json, writing
 from metaformer.variants import POOLFORMERS, VARIANTS
+from metaformer.weights.card import write_card
 from metaformer.weights.loading import load_state
 from metaformer.weights.opener import Opened, fixes_size
 
@@ -107,6 +108,8 @@ def write_timm_folder(opened: Opened, folder: Path) -> list[str]:
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes", None)  # TimmWrapper gives it to timm.create_model itself
     write_json(folder / "config.json", config)
+    if opened.path and (opened.path.parent / "run.json").is_file():
+        write_card(opened, folder)
     return []
 
 
