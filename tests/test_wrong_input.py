@@ -35,7 +35,7 @@ def copied(pictures, root):
         (["--gloabl-batch", "8"], r"unknown setting 'gloabl_batch' \(did you mean 'global_batch'\?\)"),
         (["epochs=many"], r"epochs is 'many' in the command line.*integer"),
         (["drop_path=1.5"], r"drop_path is 1.5 in the command line.*less than 1"),
-        (["epochs=true"], r"epochs is True in .*input should be a valid integer"),
+        (["epochs=true"], r"epochs is True in .*only flags are true or false"),
         (["lr=-1"], r"lr is -1 in .*greater than or equal to 0"),
         (["lr=.nan"], r"lr is nan in .*finite"),
         (["weight_decay=-0.1"], r"weight_decay is -0.1 in .*greater than or equal to 0"),
