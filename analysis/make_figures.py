@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from metaformer.analysis.figures import FIGURES, STYLE, curves, save
-from metaformer.errors import InputError, nearest, run_command
+from metaformer.errors import InputError, check_known, run_command
 
 OUT = Path(__file__).with_name("figures")
 
@@ -28,10 +28,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="default: analysis/figures")
     options = parser.parse_args()
-    known = [*FIGURES, "curves"]
     for figure in options.figures:
-        if figure not in known:
-            raise InputError(f"there is no figure {figure!r}{nearest(figure, known)}: there are {', '.join(known)}")
+        check_known("figure", figure, [*FIGURES, "curves"])
     wanted = options.figures or (["curves"] if options.runs else list(FIGURES))
     if ("curves" in wanted) != bool(options.runs):
         raise InputError("curves and --runs FOLDER... go together: which runs to draw")

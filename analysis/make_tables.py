@@ -16,7 +16,7 @@ from metaformer.analysis.measured import Measured
 from metaformer.analysis.outputs import TABLES, builds_of, outputs
 from metaformer.analysis.paper import ROOT
 from metaformer.analysis.render import FORMATS
-from metaformer.errors import InputError, nearest, run_command
+from metaformer.errors import check_known, run_command
 from metaformer.provenance import write_file
 
 
@@ -29,8 +29,7 @@ def main() -> int:
     formats = options.format.split(",")
     for kind, given, known in (("table", options.tables, TABLES), ("format", formats, FORMATS)):
         for name in given:
-            if name not in known:
-                raise InputError(f"there is no {kind} {name!r}{nearest(name, known)}: there are {', '.join(known)}")
+            check_known(kind, name, known)
     names = options.tables or list(TABLES)
     for build in tqdm(builds_of(names), desc="counting", unit="model", disable=None):
         cached_count(build)

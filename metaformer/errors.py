@@ -27,6 +27,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises an ``InputError`` that lists all names of this kind if ``name`` is not one of ``known``."""
+    if name not in known:
+        raise InputError(f"there is no {kind} {name!r}{nearest(name, known)}: there are {', '.join(known)}")
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs the ``main`` function of a command and exits with the status that it returns.
 

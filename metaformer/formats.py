@@ -12,10 +12,12 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 
 from torch import Tensor
 
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError, check_known
 
 StateDict = dict[str, Tensor]
 Rows = list[tuple[str, str]]
@@ -70,39 +72,30 @@ def by(rows: Rows, back: bool = False) -> Callable[[StateDict], StateDict]:
     return lambda state_dict: renamed(state_dict, rename)
 
 
-def to_official(state_dict: StateDict) -> StateDict:
-    """The official code numbers the downsampling, position embedding and blocks of all stages in one sequence."""
-    parts = ("downsample", "position", "blocks")
-    pattern = re.compile(rf"stages\.(\d{{1,3}})\.({'|'.join(parts)})\.(.*)", re.DOTALL)
-    kinds = {(int(m[1]), m[2]) for name in state_dict if (m := pattern.match(str(name)))}
-    order = sorted(kinds, key=lambda kind: (kind[0], parts.index(kind[1])))
-    places = {kind: i for i, kind in enumerate(order)}
-
-    def rename(name: str) -> str:
-        if stage := pattern.match(name):
-            number, part, rest = int(stage[1]), stage[2], re.sub(r"layer_scale([12])$", r"layer_scale_\1", stage[3])
-            name = f"network.{places[number, part]}.{'proj.' if part == 'downsample' else ''}{rest}"
-        return re.sub(r"^stem\.", "patch_embed.proj.", name)
-
-    return renamed(state_dict, rename)
-
-
-def from_official(state_dict: StateDict) -> StateDict:
-    pattern = re.compile(r"network\.(\d{1,3})\.(proj|pos_embed|\d)")
-    parts = {int(m[1]): m[2] for name in state_dict if (m := pattern.match(str(name)))}
-    stage, prefixes = 0, {}
-    for place in sorted(parts):
-        stage += parts[place] == "proj"
-        kind = {"proj": "downsample", "pos_embed": "position"}.get(parts[place], "blocks")
-        prefixes[place] = f"stages.{stage}.{kind}."
-
-    def rename(name: str) -> str:
-        place = re.match(r"(?s)network\.(\d{1,3})\.(?:proj\.)?(.*)", name)
-        if place and int(place[1]) in prefixes:
-            name = prefixes[int(place[1])] + re.sub(r"layer_scale_([12])$", r"layer_scale\1", place[2])
-        return re.sub(r"^patch_embed\.proj\.", "stem.", name)
-
-    return renamed(state_dict, rename)
+def official(state_dict: StateDict, back: bool = False) -> StateDict:
+    """To the names of the official code, which numbers the downsampling, position embedding and blocks of all stages in
+    one sequence, or ``back``."""
+    if back:
+        found = {
+            int(m[1]): m[2]
+            for name in state_dict
+            if (m := re.match(r"network\.(\d{1,3})\.(proj|pos_embed|\d)", str(name)))
+        }
+        parts = {"proj": "downsample", "pos_embed": "position"}
+        places = [(place, parts.get(found[place], "blocks")) for place in sorted(found)]
+        stages = accumulate(int(part == "downsample") for _, part in places)
+        rows = [(place, stage, part) for (place, part), stage in zip(places, stages, strict=True)]
+    else:
+        order = ("downsample", "position", "blocks")
+        pattern = rf"stages\.(\d{{1,3}})\.({'|'.join(order)})\."
+        found = {(int(m[1]), order.index(m[2])) for name in state_dict if (m := re.match(pattern, str(name)))}
+        rows = [(place, stage, order[part]) for place, (stage, part) in enumerate(sorted(found))]
+    names: Rows = [("stem.", "patch_embed.proj.")]
+    for place, stage, part in rows:
+        ours, theirs = f"stages.{stage}.{part}.", f"network.{place}."
+        names.append((ours + "{j}.layer_scale{k}", theirs + "{j}.layer_scale_{k}"))
+        names.append((ours, theirs + "proj." if part == "downsample" else theirs))
+    return by(names, back)(state_dict)
 
 
 def from_toolbox(state_dict: StateDict) -> StateDict:
@@ -112,17 +105,17 @@ def from_toolbox(state_dict: StateDict) -> StateDict:
 
 
 TO: dict[str, Callable[[StateDict], StateDict]] = {
-    "official": to_official,
+    "official": official,
     "timm": by(TIMM),
     "hf": by(HF),
-    "mmpretrain": lambda state_dict: by(MMPRETRAIN)(to_official(state_dict)),
+    "mmpretrain": lambda state_dict: by(MMPRETRAIN)(official(state_dict)),
     "ours": by([]),
 }
 FROM: dict[str, Callable[[StateDict], StateDict]] = {
-    "official": from_official,
+    "official": partial(official, back=True),
     "timm": by(TIMM, back=True),
     "hf": by(HF, back=True),
-    "mmpretrain": lambda state_dict: from_official(by(MMPRETRAIN, back=True)(state_dict)),
+    "mmpretrain": lambda state_dict: official(by(MMPRETRAIN, back=True)(state_dict), back=True),
     "toolbox": from_toolbox,
     "ours": by([]),
 }
@@ -154,8 +147,7 @@ def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
     Raises:
         InputError: one of the formats is unknown, or a backbone without classifier would become a whole model.
     """
-    if to not in TO:
-        raise InputError(f"there is no format {to!r}{nearest(to, TO)}: there are {', '.join(TO)}")
+    check_known("format", to, TO)
     kind = recognised(state_dict)
     if kind is None:
         raise InputError(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,13 +59,7 @@ def cpu_name() -> str:
 
 
 def installed() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return {package: found.version for package in PACKAGES for found in distributions(name=package)}
 
 
 def sha256(path: Path) -> str:

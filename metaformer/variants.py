@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from metaformer.block import ChannelLayerNorm
-from metaformer.errors import InputError, nearest
+from metaformer.errors import check_known
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MetaFormer, takes_map_size
 from metaformer.weights import fetch, named_for
@@ -37,9 +37,7 @@ class Variant(NamedTuple):
     changes: dict[str, Any]
     """Arguments of :class:`MetaFormer` in which the variant differs from PoolFormer-S12."""
     row: str | None = None
-    """Short name of the row in studies, statements and figures."""
-    paper_row: str | None = None
-    """Id of the row in Table 5 of ``analysis/paper.yaml``; ``None`` if the paper has no such row."""
+    """Short name of the row in Table 5 of ``analysis/paper.yaml``, in studies, statements and figures."""
     crop_pct: float = 0.90
     """Fraction of the resized image that the evaluation crop keeps."""
     release: str | None = None
@@ -57,9 +55,8 @@ def poolformer(size: str, depth: int, dims: tuple[int, ...], layer_scale_init: f
     """A model of Table 1: half of its blocks are in the third stage, a sixth in each of the others."""
     depths = (depth // 6, depth // 6, depth // 2, depth // 6)
     changes = {"depths": depths, "dims": dims, "layer_scale_init": layer_scale_init}
-    row = {"row": "baseline", "paper_row": "baseline"} if size == "s12" else {}
-    group = "baseline" if row else "PoolFormer"
-    return Variant(f"PoolFormer-{size.upper()}", group, changes, **row, crop_pct=crop_pct, release=f"poolformer_{size}")
+    group, row = ("baseline", "baseline") if size == "s12" else ("PoolFormer", None)
+    return Variant(f"PoolFormer-{size.upper()}", group, changes, row, crop_pct, f"poolformer_{size}")
 
 
 def by_row(*variants: Variant) -> dict[str, Variant]:
@@ -85,35 +82,23 @@ PPAA = {**PPPA, "token_mixers": (POOL, POOL, Attention, Attention), "pos_embeds"
 PPPF, PPFF = {"token_mixers": (POOL, POOL, POOL, FC)}, {"token_mixers": (POOL, POOL, FC, FC)}
 MIXER, NORM, ACT, OTHER, HYBRID = "token mixer", "normalization", "activation", "other components", "hybrid stages"
 ABLATIONS = by_row(
-    Variant(
-        "pooling → identity",
-        MIXER,
-        {"token_mixers": nn.Identity},
-        "identity",
-        "mixer_identity",
-        0.90,
-        "metaformer_id_s12",
-    ),
-    Variant("pooling → global random matrix", MIXER, {"token_mixers": RandomMixing}, "random", "mixer_random"),
-    Variant("pooling → depthwise convolution", MIXER, {"token_mixers": DepthwiseConv}, "dwconv", "mixer_dwconv"),
-    Variant("pool size 3 → 5", MIXER, {"token_mixers": partial(Pooling, pool_size=5)}, "pool5", "pool5"),
-    Variant("pool size 3 → 7", MIXER, {"token_mixers": partial(Pooling, pool_size=7)}, "pool7", "pool7"),
-    Variant("pool size 3 → 9", MIXER, {"token_mixers": partial(Pooling, pool_size=9)}, "pool9", "pool9"),
-    Variant("MLN → layer norm over the channels", NORM, {"norm_layers": LN}, "ln", "norm_ln"),
-    Variant("MLN → batch norm", NORM, {"norm_layers": nn.BatchNorm2d}, "bn", "norm_bn"),
-    Variant("MLN → none", NORM, {"norm_layers": nn.Identity}, "nonorm", "norm_none"),
-    Variant("GELU → ReLU", ACT, {"act_layer": nn.ReLU}, "relu", "act_relu"),
-    Variant("GELU → SiLU", ACT, {"act_layer": nn.SiLU}, "silu", "act_silu"),
-    Variant("residual connection → none", OTHER, {"residual": False}, "noresidual", "no_residual"),
-    Variant("channel MLP → none", OTHER, {"mlp_ratio": None}, "nomlp", "no_channel_mlp"),
-    Variant(
-        "[Pool, Pool, Pool, Attention]", HYBRID, PPPA, "pppa", "hybrid_pppa", 0.95, "metaformer_pppa_s12_224", 1024
-    ),
-    Variant(
-        "[Pool, Pool, Attention, Attention]", HYBRID, PPAA, "ppaa", "hybrid_ppaa", 0.95, "metaformer_ppaa_s12_224", 1024
-    ),
-    Variant("[Pool, Pool, Pool, SpatialFC]", HYBRID, PPPF, "pppf", "hybrid_pppf", 0.90, "metaformer_pppf_s12_224"),
-    Variant("[Pool, Pool, SpatialFC, SpatialFC]", HYBRID, PPFF, "ppff", "hybrid_ppff", 0.95, "metaformer_ppff_s12_224"),
+    Variant("pooling → identity", MIXER, {"token_mixers": nn.Identity}, "identity", 0.90, "metaformer_id_s12"),
+    Variant("pooling → global random matrix", MIXER, {"token_mixers": RandomMixing}, "random"),
+    Variant("pooling → depthwise convolution", MIXER, {"token_mixers": DepthwiseConv}, "dwconv"),
+    Variant("pool size 3 → 5", MIXER, {"token_mixers": partial(Pooling, pool_size=5)}, "pool5"),
+    Variant("pool size 3 → 7", MIXER, {"token_mixers": partial(Pooling, pool_size=7)}, "pool7"),
+    Variant("pool size 3 → 9", MIXER, {"token_mixers": partial(Pooling, pool_size=9)}, "pool9"),
+    Variant("MLN → layer norm over the channels", NORM, {"norm_layers": LN}, "ln"),
+    Variant("MLN → batch norm", NORM, {"norm_layers": nn.BatchNorm2d}, "bn"),
+    Variant("MLN → none", NORM, {"norm_layers": nn.Identity}, "nonorm"),
+    Variant("GELU → ReLU", ACT, {"act_layer": nn.ReLU}, "relu"),
+    Variant("GELU → SiLU", ACT, {"act_layer": nn.SiLU}, "silu"),
+    Variant("residual connection → none", OTHER, {"residual": False}, "noresidual"),
+    Variant("channel MLP → none", OTHER, {"mlp_ratio": None}, "nomlp"),
+    Variant("[Pool, Pool, Pool, Attention]", HYBRID, PPPA, "pppa", 0.95, "metaformer_pppa_s12_224", 1024),
+    Variant("[Pool, Pool, Attention, Attention]", HYBRID, PPAA, "ppaa", 0.95, "metaformer_ppaa_s12_224", 1024),
+    Variant("[Pool, Pool, Pool, SpatialFC]", HYBRID, PPPF, "pppf", 0.90, "metaformer_pppf_s12_224"),
+    Variant("[Pool, Pool, SpatialFC, SpatialFC]", HYBRID, PPFF, "ppff", 0.95, "metaformer_ppff_s12_224"),
 )
 
 # Questions about the baseline that the paper's table does not answer.
@@ -171,26 +156,8 @@ default_cfgs = generate_default_cfgs(
 
 def variant_arguments(name: str) -> dict[str, Any]:
     """The arguments of :class:`MetaFormer` that make the variant ``name``; ``InputError`` if there is none."""
-    if name not in VARIANTS:
-        raise InputError(f"there is no variant {name!r}{nearest(name, VARIANTS)}: there are {', '.join(VARIANTS)}")
+    check_known("variant", name, VARIANTS)
     return VARIANTS[name].arguments
-
-
-def ablation_config(name: str, top1: float) -> str:
-    """The text of ``configs/ablations/NAME.yaml``: the recipe of a row of Table 5, whose accuracy is ``top1``."""
-    variant = ABLATIONS[name]
-    batch, crop = variant.global_batch, "of the released weights" if variant.release else "script, for S12"
-    lines = [
-        f'# PoolFormer-S12 with the change "{variant.label}": {top1:.1f} % top-1 in the paper (Table 5).',
-        f"#   bash classification/dist_train.sh configs/ablations/{name}.yaml data_dir=/path/to/imagenet",
-        "base: ../classification/imagenet.yaml",
-        f"model: {name}",
-        f"{'drop_path: 0.1':<28}# Table 6",
-        f"{f'crop_pct: {variant.crop_pct:.2f}':<28}# {crop}",
-        *([f"{f'global_batch: {batch}':<28}# appendix A; so the learning rate is 1e-3"] if batch else []),
-        f"expected_top1: {top1:.1f}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def released_file(

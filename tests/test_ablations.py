@@ -15,9 +15,12 @@ from torch.nn import functional as F
 import metaformer
 from conftest import ROOT
 from metaformer import ABLATIONS, QUESTIONS, VARIANTS, InputError
+from metaformer.analysis.cells import Table
+from metaformer.analysis.measured import Measured
+from metaformer.analysis.outputs import outputs
 from metaformer.analysis.paper import rows_of
 from metaformer.training.config import load_config
-from metaformer.variants import LABELS, ROWS, ablation_config
+from metaformer.variants import LABELS, ROWS
 from oracles import TIMM_NAMES, randomise, randomised, relative_error, renamed, timm_twin
 
 # Table 5: learnable parameters in millions as printed, top-1 of the paper.
@@ -81,15 +84,17 @@ def test_registry_paper_and_recipes_agree():
     printed = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text(encoding="utf-8"))["table5"]["rows"]
     rows = rows_of("table5")
     assert [row["build"] for row in rows] == ["poolformer_s12", *ABLATIONS]
-    assert [VARIANTS[row["build"]].paper_row for row in rows] == [row["id"] for row in printed]
-    texts = {f"{row['build']}.yaml": ablation_config(row["build"], row["top1"]) for row in rows[1:]}
-    assert texts == {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "configs/ablations").iterdir()}
+    assert [VARIANTS[row["build"]].row for row in rows] == [row["row"] for row in printed]
+    files = outputs({"table5": Table("table5", "", [], [])}, [], Measured(ROOT / "analysis/results"))
+    texts = {path: text for path, text in files.items() if path.parent == ROOT / "configs/ablations"}
+    assert texts == {file: file.read_text(encoding="utf-8") for file in (ROOT / "configs/ablations").iterdir()}
 
 
 def test_every_row_has_a_label_and_settings():
     questions = {name.removeprefix("metaformer_s12_") for name in QUESTIONS}
     assert ROWS.keys() == LABELS.keys() == {"baseline", *TABLE_5, *questions, "nodroppath"}
-    assert {name for name, variant in VARIANTS.items() if variant.row and not variant.paper_row} == QUESTIONS.keys()
+    paper = {row["row"] for row in rows_of("table5")}
+    assert {name for name, variant in VARIANTS.items() if variant.row and variant.row not in paper} == QUESTIONS.keys()
 
 
 # Whole networks, on the weights of a random draw

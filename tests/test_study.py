@@ -121,7 +121,7 @@ def test_a_run_that_diverges_is_a_result(study, data, tmp_path, forked, monkeypa
     monkeypatch.setattr(ablate, "STUDIES", tmp_path)
     measured = Measured(tmp_path / "results")
     assert measured.problems == []
-    assert measured.studies["tiny"].top1 == {"baseline": {0: 100 / 3}}
+    assert measured.studies["tiny"].top1.to_dict() == {"baseline": {0: 100 / 3}}
     assert studies.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
 
 
@@ -284,26 +284,26 @@ A, B = [70.0, 71.5, 69.0], [72.0, 72.5, 72.1, 75.0]
 def test_intervals_are_students_and_welchs(monkeypatch):
     found = results(monkeypatch, {"identity": A, "baseline": B})
     one = scipy.stats.ttest_1samp(A, 0).confidence_interval(0.95)
-    assert found.combination({"identity": 1})[1:] == pytest.approx(one)
+    assert found.estimate({"identity": 1})[1:3] == pytest.approx(one)
     two = scipy.stats.ttest_ind(A, B, equal_var=False).confidence_interval(0.95)
-    assert found.combination({"identity": 1, "baseline": -1})[1:] == pytest.approx(two)
+    assert found.estimate({"identity": 1, "baseline": -1})[1:3] == pytest.approx(two)
     scaled = scipy.stats.ttest_ind(A, [0.9 * b for b in B], equal_var=False).confidence_interval(0.95)
-    shifted = found.combination({"identity": 1, "baseline": -0.9, "point": 2, "chance": 0.5})
-    assert shifted[1:] == pytest.approx([bound + 2 + 5 for bound in scaled])
+    shifted = found.estimate({"identity": 1, "baseline": -0.9, "point": 2, "chance": 0.5})
+    assert shifted[1:3] == pytest.approx([bound + 2 + 5 for bound in scaled])
 
 
 def test_seeds_that_agree_are_not_certain(monkeypatch):
     """Variances are at least the binomial ones of the 10,000 validation images."""
     found = results(monkeypatch, {"identity": [10.0] * 3, "baseline": [10.1, 10.1, 10.11], "pool5": [0.0] * 3})
     deviations = [scipy.stats.binom(10_000, share).std() / 100 for share in (0.1, 0.10103333)]
-    low = 10.0 - found.combination({"identity": 1}).low
+    low = 10.0 - found.estimate({"identity": 1}).low
     assert 2 * scipy.stats.t.sf(low / (deviations[0] / math.sqrt(3)), 2) == pytest.approx(0.05)
-    difference = found.combination({"baseline": 1, "identity": -1})
+    difference = found.estimate({"baseline": 1, "identity": -1})
     half = difference.high - difference.value
     test = scipy.stats.ttest_ind_from_stats(half, deviations[1], 3, 0, deviations[0], 3, equal_var=False)
     assert test.pvalue == pytest.approx(0.05)
     assert found.judge([{"baseline": 1, "identity": -1}]).verdict == "undecided"
-    none_right = found.combination({"pool5": 1})
+    none_right = found.estimate({"pool5": 1})
     assert none_right.high > none_right.low
 
 
@@ -311,10 +311,10 @@ def test_paired_intervals_are_those_of_single_seeds(monkeypatch):
     found = results(monkeypatch, {"identity": A, "baseline": B, "pool5": [a + 1 for a in A], "pool7": A[:2]})
     expected = scipy.stats.ttest_rel(A, B[:3])
     paired = found.paired({"identity": 1, "baseline": -1})
-    assert paired.interval()[1:] == pytest.approx(expected.confidence_interval(0.95))
+    assert paired[1:3] == pytest.approx(expected.confidence_interval(0.95))
     assert paired.p == pytest.approx(expected.pvalue)
     shifted = found.paired({"identity": 1, "baseline": -1, "chance": 0.5, "point": -2})
-    assert shifted[:2] == pytest.approx((paired.value + 3, paired.error))
+    assert shifted[:3] == pytest.approx([bound + 3 for bound in paired[:3]])
     assert found.paired({"identity": 1, "pool5": -1}) is None  # all seeds agree, which is not certainty
     assert found.paired({"identity": 1, "pool7": -1}) is None  # two seeds
     assert found.estimate({"identity": 1, "baseline": -1}).p == pytest.approx(
@@ -363,7 +363,7 @@ def test_a_run_that_left_out_pictures_is_not_comparable(monkeypatch):
     settings = check({**study.recipe, **ROWS["identity"]}, source="x").model_dump(mode="json")
     settings |= {"study": "cifar10", "row": "identity", "seed": 0}
     content = {**record.model_dump(), "settings": settings, "data": study.data.model_dump()}
-    assert Results("cifar10", [parse(content, Path("x"))]).top1 == {"identity": {0: 70.0}}
+    assert Results("cifar10", [parse(content, Path("x"))]).top1.to_dict() == {"identity": {0: 70.0}}
     with pytest.raises(InputError, match="row identity, seed 0 with skipped pictures=1, and the study has 0"):
         Results("cifar10", [parse({**content, "skipped": {"training": 0, "validation": 1}}, Path("x"))])
 

@@ -112,11 +112,7 @@ def swin_mixer(name: str, img_size: int | None = None, num_classes: int = 1000, 
     return model
 
 
-for _name in SWIN_MIXERS:
-    _create = partial(swin_mixer, _name)
-    _create.__name__, _create.__module__ = _name, __name__
-    register_model(_create)
-for _name in PVT_LAYERS:
-    _create = partial(pvt, _name)
+for _name in (*SWIN_MIXERS, *PVT_LAYERS):
+    _create = partial(swin_mixer if _name in SWIN_MIXERS else pvt, _name)
     _create.__name__, _create.__module__ = _name, __name__
     register_model(_create)

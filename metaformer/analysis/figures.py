@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +18,8 @@ from metaformer.analysis.paper import ROOT, counted_value, rows_of
 from metaformer.analysis.speed import timings
 from metaformer.analysis.studies import paper_top1
 from metaformer.errors import InputError
+from metaformer.provenance import writing
+from metaformer.records.statistics import Interval
 from metaformer.variants import POOLFORMERS, ROWS
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "metaformer"}
@@ -106,24 +109,22 @@ def ablation() -> Figure:
 
 def proxy() -> Figure:
     """Differences from the baseline's top-1 in the small studies, with 95 % intervals, beside the paper's."""
-    differences = {
-        name: {row: results.combination({row: 1, "baseline": -1}) for row in ROWS if row != "baseline"}
-        for name, results in Measured(ROOT / "analysis/results").studies.items()
-    }
-    differences = {name: found for name, found in differences.items() if any(found.values())}
+    differences: dict[str, dict[str, Interval]] = {}
+    for name, results in Measured(ROOT / "analysis/results").studies.items():
+        found = {row: results.estimate({row: 1, "baseline": -1}) for row in ROWS if row != "baseline"}
+        differences[name] = {row: interval for row, interval in found.items() if interval}
+    differences = {name: found for name, found in differences.items() if found}
     if not differences:
         raise InputError("analysis/results/ has no study with two runs of a row: run classification/ablate.sh")
     printed = paper_top1()
-    rows = [row for row in ROWS if any(found.get(row) for found in differences.values())]
+    rows = [row for row in ROWS if any(row in found for found in differences.values())]
     figure = Figure(figsize=(6.8, 1.2 + 0.32 * len(rows)))
     axes = figure.subplots()
-    for i, (name, of_rows) in enumerate(differences.items()):
-        found = {y: of_rows[row] for y, row in enumerate(rows) if of_rows[row]}
-        values = [interval.value for interval in found.values()]
-        bars = [[of.value - of.low for of in found.values()], [of.high - of.value for of in found.values()]]
-        places = [y + 0.18 * (i + 1) for y in found]
-        colour = COLOURS[(i + 1) % len(COLOURS)]
-        axes.errorbar(values, places, xerr=bars, fmt="o", color=colour, markersize=4, label=f"{name}, 95 % interval")
+    for i, (name, found) in enumerate(differences.items(), start=1):
+        value, low, high, _ = np.array(list(found.values())).T
+        places = [rows.index(row) + 0.18 * i for row in found]
+        style = {"fmt": "o", "color": COLOURS[i % len(COLOURS)], "markersize": 4}
+        axes.errorbar(value, places, xerr=[value - low, high - value], label=f"{name}, 95 % interval", **style)
     of_paper = {y: printed[row] - printed["baseline"] for y, row in enumerate(rows) if row in printed}
     axes.plot(
         of_paper.values(), of_paper.keys(), "D", color="black", markerfacecolor="none", label="paper, ImageNet-1K"
@@ -247,8 +248,6 @@ def save(figure: Figure, stem: str, out: Path) -> list[Path]:
     paths = {"png": {"Software": None}, "svg": {"Date": None}}
     for kind, metadata in paths.items():
         path = out / f"{stem}.{kind}"
-        try:
+        with writing(path):
             figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
     return [out / f"{stem}.{kind}" for kind in paths]

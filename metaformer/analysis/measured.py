@@ -112,10 +112,11 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
         raise InputError(f"{path}: training.epochs is {epochs_of(record)}, but the paper has {epochs}")
 
 
-def top1(record: Classification) -> float:
-    return record.metrics.top1
-
-
 def metric(name: str, scale: float = 1) -> Metric:
     """A function from an evaluation to its metric ``name`` times ``scale``; ``None`` if missing or mmdet's -1."""
-    return lambda record: scale * record.metrics[name] if record.metrics.get(name, -1) >= 0 else None
+
+    def of(record: Evaluation) -> float | None:
+        value = dict(record.metrics).get(name, -1)
+        return scale * value if value >= 0 else None
+
+    return of

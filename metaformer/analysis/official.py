@@ -82,10 +82,6 @@ def run_main(train: ModuleType, arguments: list[str], epoch: Callable, validate:
 
     In place of loaders, these get the arguments of ``create_loader``.
     """
-
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
-
     with (
         TemporaryDirectory() as folder,
         patch.multiple(
@@ -96,11 +92,11 @@ def run_main(train: ModuleType, arguments: list[str], epoch: Callable, validate:
             validate=validate,
             get_outdir=lambda *_: folder,
             CheckpointSaver=MagicMock(**{"return_value.save_checkpoint.return_value": (0, 0)}),
-            **dict.fromkeys(("setup_default_logging", "create_dataset", "update_summary"), nothing),
+            **dict.fromkeys(("setup_default_logging", "create_dataset", "update_summary"), MagicMock()),
         ),
         patch.object(sys, "argv", ["train.py", "data", *arguments]),
         patch.object(nn.Module, "cuda", lambda module: module),
-        patch("torch.cuda.synchronize", nothing),
+        patch("torch.cuda.synchronize"),
         patch.dict("os.environ", WORLD_SIZE="1"),
     ):
         train.main()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from metaformer.analysis.cells import Counted, Number, Row, Verdict, as_printed, rounded
+from metaformer.analysis.cells import Counted, Number, Row, Table, Verdict, as_printed, rounded
 from metaformer.analysis.count import cached_count
 from metaformer.variants import VARIANTS
 
@@ -22,20 +22,33 @@ BUILT = ("table1", "table2", "table3", "table4", "table5")
 def paper() -> dict[str, Any]:
     """The content of paper.yaml. The rows of Table 5 get model, group and label from :data:`metaformer.VARIANTS`."""
     content = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text(encoding="utf-8"))
-    variants = {variant.paper_row: (name, variant) for name, variant in VARIANTS.items() if variant.paper_row}
+    builds = {variant.row: name for name, variant in VARIANTS.items()}
     for row in content["table5"]["rows"]:
-        name, variant = variants[row["id"]]
-        row |= {"build": name, "group": variant.group, "variant": variant.label, "row": variant.row}
+        variant = VARIANTS[builds[row["row"]]]
+        row |= {"build": builds[row["row"]], "group": variant.group, "variant": variant.label}
     return content
+
+
+@cache
+def captions() -> dict[str, Any]:
+    """The content of captions.yaml."""
+    return yaml.safe_load((ROOT / "analysis/captions.yaml").read_text(encoding="utf-8"))
+
+
+def table_of(name: str, rows: list[Row], *notes: str) -> Table:
+    """A table with its title and notes in paper.yaml and captions.yaml, and further notes."""
+    printed, own = paper().get(name, {}), captions()["tables"].get(name, {})
+    notes = [*(note.format(**paper()["sources"]) for note in own.get("notes", [])), *notes]
+    return Table(name, (printed or own)["title"], rows, [*printed.get("notes", []), *notes])
 
 
 def rows_of(table: str) -> list[dict[str, Any]]:
     return paper()[table]["rows"]
 
 
-def built_rows(tables: tuple[str, ...] = BUILT[1:]) -> Iterator[tuple[str, dict[str, Any]]]:
+def built_rows() -> Iterator[tuple[str, dict[str, Any]]]:
     """Table and row of every model that is counted; Table 1 has no other models than Table 2."""
-    yield from ((table, row) for table in tables for row in rows_of(table))
+    yield from ((table, row) for table in BUILT[1:] for row in rows_of(table))
 
 
 def key_of(build: str) -> str:
@@ -64,11 +77,6 @@ def compare(row: Row, column: str) -> Counted:
     else:
         verdict = Verdict("unexplained", row.get("open", {}).get(column, ""))
     return Counted(printed, Number(value, digits), Number(value - printed.value, digits, signed=True), verdict)
-
-
-def compared(row: Row, *columns: str) -> Row:
-    headings = {"params": "parameters, M", "frozen": "frozen, M", "macs": "MACs, G"}
-    return {headings[column]: compare(row, column) for column in columns}
 
 
 def explained(explanation: Row) -> Verdict:

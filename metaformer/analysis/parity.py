@@ -13,6 +13,7 @@ import timm.loss
 import timm.optim
 import timm.scheduler
 import torch
+import yaml
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from timm.data.mixup import rand_bbox
@@ -31,6 +32,7 @@ from metaformer.analysis.official import (
     readme_arguments,
     run_main,
 )
+from metaformer.analysis.paper import ROOT
 from metaformer.errors import InputError
 from metaformer.formats import convert
 from metaformer.provenance import git
@@ -313,35 +315,7 @@ def departures(trajectories: list[dict[str, Any]]) -> list[dict[str, str]]:
             areas[i] += (bottom - top) * (right - left) / 224**2 / 1000
     config = load_config([str(CONFIGS / "poolformer_s12.yaml")])
     *_, float32, bfloat16 = (max(of["losses"]) for of in trajectories)
-    return [
-        {
-            "what": f"batch of {config.global_batch}; the README's command has 1024",
-            "reason": "section 4.1 of the paper; global_batch=1024 gives the README's, which is what is compared above",
-            "effect": f"peak learning rate {config.base_lr * config.global_batch / 1024:g} instead of 0.001",
-        },
-        {
-            "what": "bfloat16 on GPUs; the README's command has apex with float16",
-            "reason": "apex.amp is deprecated, and bfloat16 needs no scaling of the loss",
-            "effect": f"loss within {bfloat16:.1e}, in float32 within {float32:.1e} (autocast on a CPU)",
-        },
-        {
-            "what": "random numbers follow from seed, epoch, step and picture; the script's from its processes",
-            "reason": "a run that was interrupted continues exactly, on any number of devices and loader processes",
-            "effect": "other draws from the same distributions: with the same draws, all pixels are equal",
-        },
-        {
-            "what": "an unreadable picture stops the run, or is left out; timm's loader takes the next one",
-            "reason": "a damaged data set is not trained on in silence",
-            "effect": "none where every picture can be read",
-        },
-        {
-            "what": "every validation picture counts once; the script pads the shares of several GPUs",
-            "reason": "the accuracy is that of the data set",
-            "effect": "none for 50,000 pictures on 8 GPUs, whose shares are equal",
-        },
-        {
-            "what": "CutMix boxes of the timm that the README pins (commit 9d6aad4), with the script on today's timm",
-            "reason": "the pinned timm shortens a box with an odd side by a pixel, and today's does not",
-            "effect": f"a box has {areas[1]:.2f} % of the picture on average, today's {areas[0]:.2f} %",
-        },
-    ]
+    found = {"batch": config.global_batch, "lr": config.base_lr * config.global_batch / 1024, "areas": areas}
+    found |= {"float32": float32, "bfloat16": bfloat16}
+    told = yaml.safe_load((ROOT / "analysis/departures.yaml").read_text(encoding="utf-8"))
+    return [{name: text.format(**found) for name, text in departure.items()} for departure in told]

@@ -3,13 +3,25 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jinja2
 import pandas as pd
 
 from metaformer.analysis.cells import NOTHING, Counted, Pair, Row, Table, Verdict
+from metaformer.analysis.paper import ROOT
 from metaformer.errors import InputError
 
 FORMATS = ("md", "csv", "tex")
 TEX = {"→": r"$\to$", "±": r"$\pm$", "α": r"$\alpha$", "β": r"$\beta$", "ε": r"$\varepsilon$"}  # noqa: RUF001
+
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(ROOT / "analysis/templates"),
+    autoescape=jinja2.select_autoescape(["html"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+"""Texts of analysis/templates/, in which counts and measurements are filled."""
 
 
 def render(table: Table, form: str) -> str:

@@ -6,35 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from metaformer.analysis.cells import NOT_RUN, Number, Row, Table, Verdict, places
 from metaformer.analysis.measured import Measured
-from metaformer.analysis.paper import ROOT
-from metaformer.analysis.render import with_notes
+from metaformer.analysis.paper import ROOT, captions
+from metaformer.analysis.render import TEMPLATES, with_notes
 from metaformer.records.statistics import Results
 from metaformer.variants import LABELS, ROWS
 
-FIGURES = {
-    "fig1b": "ImageNet-1K top-1 against MACs (Figure 1b). MACs are counted; accuracies are the paper's.",
-    "fig3": "ImageNet-1K top-1 against MACs and against parameters, by kind of token mixer (Figure 3).",
-    "ablation": "Top-1 of the ablation's variants minus the baseline's (Table 5), as the paper prints them.",
-    "proxy": "The same differences in the studies at a small scale, beside the paper's.",
-    "growth": "Speed and memory of ours and of timm's class against batch, size and model, measured on one machine.",
-}
 WIDTH, HEIGHT = 200, 100
 """Of a panel of curves, in its own units."""
 
 
 def report(tables: dict[str, Table], measured: Measured) -> str:
     """The page, complete without network: styles, script and figures are in it."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string((ROOT / "analysis/report.template.html").read_text(encoding="utf-8"))
-    page = template.render(
+    page = TEMPLATES.get_template("report.html").render(
         tables=[section(table) for table in tables.values()],
-        figures=[(name, image(name), caption) for name, caption in FIGURES.items() if svg(name).exists()],
+        figures=[(name, image(name), caption) for name, caption in captions()["figures"].items() if svg(name).exists()],
         studies=[study(name, results) for name, results in measured.studies.items()],
         width=WIDTH,
         height=HEIGHT,
@@ -94,10 +81,10 @@ def study(name: str, results: Results) -> dict[str, Any]:
             "label": f"{row}: {LABELS[row]}",
             "lines": list(lines(row)),
             "baseline": list(lines("baseline")),
-            "top1": ", ".join(str(Number(top1, 1)) for _, top1 in sorted(results.top1[row].items())),
-            "diverged": results.diverged[row],
+            "top1": ", ".join(str(Number(top1, 1)) for top1 in runs["top1"]),
+            "diverged": runs["diverged"].sum(),
         }
         for row in ROWS
-        if row in results.top1
+        if len(runs := results.runs[results.runs["row"] == row].sort_values("seed"))
     ]
     return {"name": name, "title": results.study.title, "low": low, "high": high, "last": last, "panels": panels}

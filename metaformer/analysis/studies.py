@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from decimal import Decimal
 from itertools import product
 from statistics import mean
-from typing import NamedTuple
 
 from metaformer.analysis.cells import NOT_MEASURED, NOT_RUN, Mean, Measurement, Number, Range, Row, Table, Verdict
 from metaformer.analysis.measured import Measured
-from metaformer.analysis.paper import rows_of
+from metaformer.analysis.paper import rows_of, table_of
 from metaformer.records.statistics import Interval, Results, holm, statements
 from metaformer.variants import LABELS, ROWS
 
@@ -18,13 +17,8 @@ def proxy(measured: Measured) -> Table:
     for name, results in measured.studies.items():
         rows += [study_row(name, row, results) for row in ROWS if row in {*results.study.rows, *results.top1}]
         notes += study_notes(name, results)
-    notes.append(
-        "Top-1 is that of the last epoch: means over the seeds and differences from the baseline, each with its 95 % "
-        "interval (Welch; paired by seed from three seeds on). The variance of a row is at least the binomial variance "
-        "of an accuracy on the validation images, because few seeds can agree by chance. A run that diverged counts "
-        "with the top-1 of guessing. metaformer/records/statistics.py has the formulas."
-    )
-    return Table("proxy", "The ablation at a small scale", rows, notes)
+    table = table_of("proxy", rows)
+    return table._replace(notes=[*notes, *table.notes])
 
 
 def paper_top1() -> dict[str, Decimal]:
@@ -34,11 +28,12 @@ def paper_top1() -> dict[str, Decimal]:
 
 def study_row(name: str, row: str, results: Results) -> Row:
     printed = paper_top1()
-    values = list(results.top1.get(row, {}).values())
-    own = results.combination({row: 1})
-    difference = results.combination({row: 1, "baseline": -1}) if row != "baseline" else None
-    paired = results.paired({row: 1, "baseline": -1}) if row != "baseline" else None
-    diverged = results.diverged.get(row, 0)
+    runs = results.runs[results.runs["row"] == row]
+    own, difference, paired = results.estimate({row: 1}), None, None
+    if row != "baseline":
+        versus = {row: 1, "baseline": -1}
+        difference, paired = results.estimate(versus), results.paired(versus)
+    diverged = runs["diverged"].sum()
     return {
         "study": name,
         "row": row,
@@ -47,15 +42,17 @@ def study_row(name: str, row: str, results: Results) -> Row:
         "difference in the paper": Number(printed[row] - printed["baseline"], 1, signed=True)
         if row in printed and row != "baseline"
         else None,
-        "runs": f"{len(values)}, {diverged} diverged" if diverged else Number(len(values)),
-        "top-1 in the study, %": Measurement(Mean(mean(values), own and own.high - own.value) if values else None),
+        "runs": f"{len(runs)}, {diverged} diverged" if diverged else Number(len(runs)),
+        "top-1 in the study, %": Measurement(
+            Mean(mean(runs["top1"]), own and own.high - own.value) if len(runs) else None
+        ),
         "difference in the study": difference and in_points(difference),
-        "paired by seed": paired and in_points(paired.interval()),
+        "paired by seed": paired and in_points(paired),
     }
 
 
 def in_points(interval: Interval) -> Range:
-    return Range(*interval, digits=1, signed=True)
+    return Range(*interval[:3], digits=1, signed=True)
 
 
 def study_notes(name: str, results: Results) -> Iterator[str]:
@@ -76,19 +73,8 @@ def cost_of(name: str, results: Results) -> str:
     return f"{name}: {len(results.records)} runs, {hours:.1f} hours added up, on {hardware}{partial}."
 
 
-class Judged(NamedTuple):
-    """A statement about a study, as a row of the table."""
-
-    study: str
-    of: str
-    statement: str
-    verdict: Verdict
-    after_holm: str
-    paired_by_seed: str
-    tested: str
-
-
-def judged(measured: Measured) -> Iterator[Judged]:
+def judged(measured: Measured) -> Iterator[Row]:
+    """A row for each statement about each study."""
     for name, results in measured.studies.items():
         listed = [
             (of, each)
@@ -97,24 +83,19 @@ def judged(measured: Measured) -> Iterator[Judged]:
         ]
         plain = [results.judge(statement["tests"]) for _, statement in listed]
         for (of, statement), judgement, corrected in zip(listed, plain, holm(plain), strict=True):
-            paired = results.judge(statement["tests"], paired=True)
-            tests = "; ".join(map(in_signs, statement["tests"], judgement.sums))
-            yield Judged(name, of, statement["text"], Verdict(judgement.verdict), corrected, paired.verdict, tests)
+            yield {
+                "study": name,
+                "of": of,
+                "statement": statement["text"],
+                "verdict": Verdict(judgement.verdict),
+                "after Holm": corrected,
+                "paired by seed": results.judge(statement["tests"], paired=True).verdict,
+                "tested": "; ".join(map(in_signs, statement["tests"], judgement.sums)),
+            }
 
 
 def conclusions(measured: Measured) -> Table:
-    headings = ("study", "of", "statement", "verdict", "after Holm", "paired by seed", "tested")
-    rows = [dict(zip(headings, row, strict=True)) for row in judged(measured)]
-    notes = [
-        "analysis/statements.yaml has the statements and their tests, which were fixed before the studies were run. A "
-        "statement holds if the 95 % interval of each sum is above 0, fails if that of one sum is below 0, and is "
-        "undecided otherwise.",
-        "The verdict treats each statement alone. 'after Holm' corrects it for the number of statements that were run "
-        "in the study. 'paired by seed' compares runs of the same seed, of at least three seeds.",
-        "A verdict applies to the task and scale of the study. It does not show that the paper is right or wrong on "
-        "ImageNet.",
-    ]
-    return Table("conclusions", "The conclusions of section 4.4 at a small scale", rows, notes)
+    return table_of("conclusions", list(judged(measured)))
 
 
 def in_signs(weights: dict[str, float], value: Interval | None) -> str:
@@ -127,26 +108,19 @@ def in_signs(weights: dict[str, float], value: Interval | None) -> str:
 
 def faults(measured: Measured) -> Table:
     """The latest campaign."""
-    rows, notes = fault_rows(measured), []
-    if rows:
-        record = measured.records["faults"][-1]
-        notes = [f"{record.date[:10]}, {record.hardware.processor}: `{record.command}`."]
     notes = [
-        "A killed or failed run has survived if it then continues and ends with the same weights, optimizer state, "
-        "curve and events as an undisturbed run, bit for bit, in float32 on a CPU.",
-        "A corrupted file has survived if it is refused with a one-line error or read correctly, and if nothing in it "
-        "is executed. Formats without checksums (configs, records, the numbers in safetensors) cannot reveal a wrong "
-        "value that is well-formed. tests/faults.py defines the faults.",
-        *notes,
+        f"{record.date[:10]}, {record.hardware.processor}: `{record.command}`."
+        for record in measured.records["faults"][-1:]
     ]
     nothing = [{"fault": None, "tried": NOT_MEASURED, "survived": None, "lost": None}]
-    return Table("faults", "Faults injected into training runs and their files", rows or nothing, notes)
+    return table_of("faults", fault_rows(measured) or nothing, *notes)
 
 
 def fault_rows(measured: Measured) -> list[Row]:
+    rows = []
     for record in measured.records["faults"][-1:]:
-        columns = ("tried", "survived", "lost")
-        counts = [(fault.fault, [getattr(fault, column) for column in columns]) for fault in record.faults]
-        counts.append(("all", [sum(numbers) for numbers in zip(*(of for _, of in counts), strict=True)]))
-        return [{"fault": name, **dict(zip(columns, map(Number, of), strict=True))} for name, of in counts]
-    return []
+        counts = [(fault.fault, fault.tried, fault.survived, fault.lost) for fault in record.faults]
+        _, *columns = zip(*counts, strict=True)
+        for name, *numbers in [*counts, ("all", *map(sum, columns))]:
+            rows.append({"fault": name, **dict(zip(("tried", "survived", "lost"), map(Number, numbers), strict=True))})
+    return rows

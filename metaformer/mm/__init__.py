@@ -6,5 +6,3 @@ changes how mmengine reads checkpoints.
 """
 
 from metaformer.mm.backbone import MetaFormerBackbone
-
-__all__ = ["MetaFormerBackbone"]

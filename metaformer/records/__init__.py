@@ -5,6 +5,17 @@ the runs of studies.
 """
 
 from metaformer.records.importing import import_records, without_machine_paths
-from metaformer.records.schema import *  # noqa: F403
-
-__all__ = [*schema.__all__, "import_records", "without_machine_paths"]  # noqa: F405
+from metaformer.records.schema import (
+    Benchmark,
+    Cell,
+    Classification,
+    Contestant,
+    Entry,
+    Evaluation,
+    Parity,
+    Record,
+    Spread,
+    Training,
+    parse,
+    read_record,
+)

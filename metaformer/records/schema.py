@@ -8,10 +8,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from metaformer.errors import InputError
 
-__all__ = [
-    *("Benchmark", "Cell", "Classification", "Contestant", "Detection", "Entry", "Evaluation", "Faults", "Loading"),
-    *("Parity", "Record", "Segmentation", "Spread", "Training", "parse", "read_record"),
-]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]

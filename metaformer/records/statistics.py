@@ -15,9 +15,10 @@ weighted sums of single seeds, for the seeds that all rows have. Holm's procedur
 import math
 from functools import cache
 from pathlib import Path
-from statistics import mean, variance
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import yaml
 from scipy import stats
 
@@ -29,33 +30,24 @@ from metaformer.variants import ROWS
 
 STATEMENTS = Path(__file__).resolve().parents[2] / "analysis/statements.yaml"
 CONFIDENCE = 0.95
-CONSTANTS = ("chance", "point")
-"""Names that a test may use besides those of rows."""
 
 Weights = dict[str, float]
+"""Of a sum of mean top-1 by row; a test may also use ``chance``, the top-1 of guessing, and ``point``, which is 1."""
 
 
 class Interval(NamedTuple):
+    """An estimate with its interval, and the p-value of the two-sided test that it is 0."""
+
     value: float
     low: float
     high: float
+    p: float | None = None
 
 
-class Estimate(NamedTuple):
-    """A weighted sum of top-1, in percentage points, with its standard error and degrees of freedom."""
-
-    value: float
-    error: float
-    freedom: float
-
-    def interval(self) -> Interval:
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom) * self.error
-        return Interval(self.value, self.value - half, self.value + half)
-
-    @property
-    def p(self) -> float:
-        """Of the two-sided test that the sum is 0."""
-        return 2 * float(stats.t.sf(abs(self.value) / self.error, self.freedom))
+def student(value: float, error: float, freedom: float) -> Interval:
+    """The interval of a sum with its standard error and degrees of freedom, in percentage points."""
+    of = stats.t(freedom, value, error)
+    return Interval(value, *of.interval(CONFIDENCE), 2 * min(of.cdf(0), of.sf(0)))
 
 
 class Judgement(NamedTuple):
@@ -67,7 +59,10 @@ class Judgement(NamedTuple):
 
 
 class Results:
-    """The runs of the study ``name`` by row and seed.
+    """The runs of the study ``name``.
+
+    ``runs`` has the columns row, seed, top1 (in percent) and diverged. ``top1`` has a column for each row and an entry
+    for each seed.
 
     Raises:
         InputError: the study or a row does not exist, a record has another recipe or other data, or a run occurs twice.
@@ -76,69 +71,55 @@ class Results:
     def __init__(self, name: str, records: list[Training]):
         _, self.study = read_study(name)
         self.records = records
-        self.chance = 100 / self.study.data.classes
-        self.top1: dict[str, dict[int, float]] = {}
-        self.diverged: dict[str, int] = {}
+        self.constants = {"chance": 100 / self.study.data.classes, "point": 1.0}
+        runs = []
         for record in records:
-            row = record.settings.row
             check_recipe(name, self.study, record)
-            of_row = self.top1.setdefault(row, {})
-            if record.seed in of_row:
-                raise InputError(f"{name} has two records of row {row}, seed {record.seed}: remove one")
             diverged = record.status == "diverged"
-            of_row[record.seed] = self.chance if diverged else record.curve[-1].top1
-            self.diverged[row] = self.diverged.get(row, 0) + diverged
+            top1 = self.constants["chance"] if diverged else record.curve[-1].top1
+            runs.append((record.settings.row, record.seed, top1, diverged))
+        self.runs = pd.DataFrame(runs, columns=["row", "seed", "top1", "diverged"])
+        for row, seed in self.runs.loc[self.runs.duplicated(["row", "seed"]), ["row", "seed"]].itertuples(index=False):
+            raise InputError(f"{name} has two records of row {row}, seed {seed}: remove one")
+        self.top1 = self.runs.pivot(index="seed", columns="row", values="top1")
 
-    def estimate(self, weights: Weights) -> Estimate | None:
+    def terms(self, weights: Weights) -> tuple[pd.DataFrame, pd.Series, float]:
+        """Top-1 of the rows that are weighted, by seed; their weights; and the sum of what is no row."""
+        rows = pd.Series({name: weight for name, weight in weights.items() if name not in self.constants})
+        constant = sum(weights.get(name, 0) * value for name, value in self.constants.items())
+        return self.top1.reindex(columns=rows.index), rows, constant
+
+    def estimate(self, weights: Weights) -> Interval | None:
         """A weighted sum of the rows' means (Welch); ``None`` if a row has fewer than two runs."""
-        parts = []
-        for row, weight in rows_in(weights).items():
-            values = list(self.top1.get(row, {}).values())
-            if len(values) < 2:
-                return None
-            parts.append((weight**2 * self.variance(values) / len(values), len(values) - 1))
-        value = self.weighted(weights, {row: mean(self.top1[row].values()) for row in rows_in(weights)})
-        whole = sum(part for part, _ in parts)
-        return Estimate(value, math.sqrt(whole), whole**2 / sum(part**2 / of for part, of in parts))
-
-    def paired(self, weights: Weights) -> Estimate | None:
-        """As :meth:`estimate`, from the sums of single seeds; ``None`` below three seeds, or if all sums agree."""
-        of_rows = [self.top1.get(row, {}) for row in rows_in(weights)]
-        seeds = set.intersection(*map(set, of_rows)) if of_rows else ()
-        sums = [self.weighted(weights, {row: self.top1[row][seed] for row in rows_in(weights)}) for seed in seeds]
-        if len(sums) < 3 or variance(sums) == 0:
+        top1, weights, constant = self.terms(weights)
+        number, images = top1.count(), self.study.data.val_images
+        if (number < 2).any():
             return None
-        return Estimate(mean(sums), math.sqrt(variance(sums) / len(sums)), len(sums) - 1)
+        share = (top1.mean() / 100).clip(1 / images, 1 - 1 / images)
+        variance = top1.var().clip(100**2 * share * (1 - share) / images)  # at least the binomial variance
+        parts = weights**2 * variance / number
+        freedom = parts.sum() ** 2 / (parts**2 / (number - 1)).sum()
+        return student(weights @ top1.mean() + constant, math.sqrt(parts.sum()), freedom)
 
-    def weighted(self, weights: Weights, top1: dict[str, float]) -> float:
-        values = {"chance": self.chance, "point": 1.0, **top1}
-        return sum(weight * values[name] for name, weight in weights.items())
-
-    def combination(self, weights: Weights) -> Interval | None:
-        """The interval of :meth:`estimate`."""
-        estimate = self.estimate(weights)
-        return estimate and estimate.interval()
-
-    def variance(self, values: list[float]) -> float:
-        """Variance of a row's runs in squared percentage points, at least the binomial variance."""
-        images = self.study.data.val_images
-        share = min(max(mean(values) / 100, 1 / images), 1 - 1 / images)
-        return max(variance(values), 100**2 * share * (1 - share) / images)
+    def paired(self, weights: Weights) -> Interval | None:
+        """As :meth:`estimate`, from the sums of single seeds; ``None`` below three seeds, or if all sums agree."""
+        top1, weights, constant = self.terms(weights)
+        sums = top1.dropna() @ weights + constant
+        if len(sums) < 3 or np.ptp(sums) < 1e-9:
+            return None
+        return student(sums.mean(), sums.sem(), len(sums) - 1)
 
     def judge(self, tests: list[Weights], paired: bool = False) -> Judgement:
         """Whether each of the sums is above 0, by their intervals."""
         sums = [self.paired(weights) if paired else self.estimate(weights) for weights in tests]
-        intervals = [estimate and estimate.interval() for estimate in sums]
-        below = [
-            estimate.p for estimate, interval in zip(sums, intervals, strict=True) if interval and interval.high < 0
-        ]
+        below = [interval.p for interval in sums if interval and interval.high < 0]
         if below:
-            return Judgement("fails", min(1.0, len(tests) * min(below)), intervals)
+            return Judgement("fails", min(1.0, len(tests) * min(below)), sums)
         if None in sums:
-            return Judgement("not run", None, intervals)
-        if all(interval.low > 0 for interval in intervals):
-            return Judgement("holds", max(estimate.p for estimate in sums), intervals)
-        return Judgement("undecided", 1.0, intervals)
+            return Judgement("not run", None, sums)
+        if all(interval.low > 0 for interval in sums):
+            return Judgement("holds", max(interval.p for interval in sums), sums)
+        return Judgement("undecided", 1.0, sums)
 
     def rank_correlation(self, paper: dict[str, float]) -> tuple[int, Interval | None]:
         """Number of rows, and Spearman's correlation of the paper's top-1 with the means of this study.
@@ -146,21 +127,14 @@ class Results:
         The interval is that of Bonett and Wright: Fisher's z with variance (1 + r^2 / 2) / (n - 3). The correlation is
         ``None`` for fewer than four rows, or if all values of one side are equal.
         """
-        rows = [row for row in paper if row in self.top1]
-        if len(rows) < 4:
-            return len(rows), None
-        here = [mean(self.top1[row].values()) for row in rows]
-        if len({*here}) == 1 or len({paper[row] for row in rows}) == 1:
-            return len(rows), None
-        r = float(stats.spearmanr([paper[row] for row in rows], here).statistic)
+        both = pd.DataFrame({"paper": paper, "here": self.top1.mean()}).dropna()
+        if len(both) < 4 or (both.nunique() == 1).any():
+            return len(both), None
+        r = float(stats.spearmanr(both["paper"], both["here"]).statistic)
         if abs(r) > 1 - 1e-9:
-            return len(rows), Interval(r, r, r)
-        half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + r**2 / 2) / (len(rows) - 3))
-        return len(rows), Interval(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))
-
-
-def rows_in(weights: Weights) -> Weights:
-    return {name: weight for name, weight in weights.items() if name not in CONSTANTS}
+            return len(both), Interval(r, r, r)
+        half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + r**2 / 2) / (len(both) - 3))
+        return len(both), Interval(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))
 
 
 def holm(judgements: list[Judgement]) -> list[str]:

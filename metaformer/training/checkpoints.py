@@ -1,5 +1,6 @@
 """The folder of a run with its checkpoints last.pt, previous.pt and best.pt."""
 
+import json
 import os
 import sys
 import time
@@ -55,6 +56,14 @@ class Progress:
         self.starts = [*state["starts"], *self.starts]
         self.skipped = state.get("skipped", self.skipped)  # checkpoints of earlier versions have none
         self.seconds, self.earlier_s = state["seconds"], state["wall_s"]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of run.json; empty if it is missing or damaged."""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def open_folder(config: Config, processes: Processes) -> Path:

@@ -252,17 +252,13 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         key = key.replace("-", "_")
         if not option and not equals:
             raise InputError(f"cannot read the argument {argument!r}: settings are given as key=value or --key value")
-        if not equals and key.startswith("no_") and is_flag(key.removeprefix("no_")):
-            key, value = key.removeprefix("no_"), "false"
-        elif not equals:
-            check_key(key, "the command line")
-            if is_flag(key):
-                value = "true"
-            elif waiting:
-                value = waiting.pop(0)
-            else:
-                raise InputError(f"--{key} needs a value")
+        if not equals and is_flag(key.removeprefix("no_")):
+            key, value = key.removeprefix("no_"), "false" if key.startswith("no_") else "true"
         check_key(key, "the command line")
+        if not equals and not value:
+            if not waiting:
+                raise InputError(f"--{key} needs a value")
+            value = waiting.pop(0)
         values[key] = parse_value(key, value)
     return values
 

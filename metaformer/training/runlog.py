@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import socket
 import statistics
@@ -17,7 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from metaformer.provenance import write_file, write_json, writing
-from metaformer.training.checkpoints import Progress
+from metaformer.training.checkpoints import Progress, read_run
 
 
 class RunLog:
@@ -139,10 +138,7 @@ class RunLog:
 
     def is_finished(self) -> bool:
         """Whether run.json says that the run is finished."""
-        try:
-            return json.loads((self.folder / "run.json").read_text(encoding="utf-8")).get("status") == "finished"
-        except (OSError, ValueError):  # missing or damaged
-            return False
+        return read_run(self.folder).get("status") == "finished"
 
     def result(self, progress: Progress) -> None:
         """Say what the run has reached and what to do next."""
@@ -208,14 +204,13 @@ class Events:
 def plot(history: list[dict[str, float]], title: str) -> Figure:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     figure.suptitle(title)
-    losses, accuracy = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    losses.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training (augmented)")
-    losses.plot(epochs, [row["val_loss"] for row in history], ".--", label="validation")
-    losses.set(xlabel="epoch", ylabel="cross-entropy")
-    losses.legend()
-    accuracy.plot(epochs, [row["top1"] for row in history], marker=".", label="top-1")
-    accuracy.plot(epochs, [row["top5"] for row in history], ".--", label="top-5")
-    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    accuracy.legend()
+    panels = {
+        "cross-entropy": {"train_loss": "training (augmented)", "val_loss": "validation"},
+        "validation accuracy (%)": {"top1": "top-1", "top5": "top-5"},
+    }
+    for axes, (title, lines) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for (name, label), style in zip(lines.items(), (".-", ".--"), strict=True):
+            axes.plot([row["epoch"] for row in history], [row[name] for row in history], style, label=label)
+        axes.set(xlabel="epoch", ylabel=title)
+        axes.legend()
     return figure

@@ -1,7 +1,6 @@
 """Train rows of Table 5 on a small task with several seeds each, several runs at a time."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -18,9 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError, check_known
 from metaformer.provenance import cores, write_file, writing
 from metaformer.training import yaml12
+from metaformer.training.checkpoints import read_run
 from metaformer.training.config import Count, Positive, check, check_key, read_yaml_mapping
 from metaformer.training.data import load_data
 from metaformer.training.distributed import StopSignal
@@ -76,11 +76,7 @@ class Run(NamedTuple):
         return self.folder.with_suffix(".log")
 
     def record(self) -> dict[str, Any]:
-        """The content of run.json; empty if it is missing or damaged."""
-        try:
-            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return read_run(self.folder)
 
     @property
     def done(self) -> bool:
@@ -94,9 +90,8 @@ def read_study(given: str) -> tuple[str, Study]:
         InputError: the study does not exist, or has a wrong field, row or setting.
     """
     path = Path(given) if given.endswith(".yaml") else STUDIES / f"{given}.yaml"
-    names = sorted(file.stem for file in STUDIES.glob("*.yaml"))
     if not path.is_file():
-        raise InputError(f"there is no study {given!r}{nearest(given, names)}: there are {', '.join(names)}")
+        check_known("study", given, sorted(file.stem for file in STUDIES.glob("*.yaml")))
     try:
         study = Study(**read_yaml_mapping(path))
     except ValidationError as error:
@@ -113,8 +108,7 @@ def read_study(given: str) -> tuple[str, Study]:
 
 def check_rows(rows: list[str]) -> None:
     for row in rows:
-        if row not in ROWS:
-            raise InputError(f"there is no row {row!r}{nearest(row, ROWS)}: there are {', '.join(ROWS)}")
+        check_known("row", row, ROWS)
 
 
 def check_data(study: Study, data_dir: str) -> None:

@@ -3,17 +3,3 @@
 from metaformer.weights.files import HF_FILES, fetch, read_checkpoint
 from metaformer.weights.loading import differences, listed, load_state, load_weights, named_for, weights_of
 from metaformer.weights.opener import Opened, open_checkpoint
-
-__all__ = [
-    "HF_FILES",
-    "Opened",
-    "differences",
-    "fetch",
-    "listed",
-    "load_state",
-    "load_weights",
-    "named_for",
-    "open_checkpoint",
-    "read_checkpoint",
-    "weights_of",
-]

@@ -115,13 +115,13 @@ def intact(path: Path) -> bool:
         return False
 
 
-def fetch(url: str, folder: str | Path | None = None) -> Path:
-    """Download the file at ``url`` into PyTorch's cache (or ``folder``) unless it is there already.
+def fetch(url: str) -> Path:
+    """Download the file at ``url`` into PyTorch's cache unless it is there already.
 
     Raises:
         InputError: the file cannot be fetched, is damaged or is not a checkpoint. It is then removed from the cache.
     """
-    path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from timm.data import create_transform
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError, check_known
 from metaformer.formats import TO, convert
 from metaformer.model import MetaFormer
 from metaformer.provenance import write_file, write_json, writing
@@ -43,8 +43,7 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
     Raises:
         InputError: the format or its library cannot represent the model, or the target cannot be written.
     """
-    if to not in TARGETS:
-        raise InputError(f"there is no format {to!r}{nearest(to, TARGETS)}: there are {', '.join(TARGETS)}")
+    check_known("format", to, TARGETS)
     if to == "timm-hf":
         return write_timm_folder(opened, target)
     if not isinstance(opened.model, MetaFormer):
