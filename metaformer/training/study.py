@@ -165,7 +165,9 @@ class Places:
         self.workers = max(1, self.threads - 1) if gpus else 0
 
     def environment(self, place: int) -> dict[str, str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        # glibc would return the memory of a training step to the kernel, and request it again in the next step.
+        environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32), **os.environ}
+        environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         return environment
