@@ -1,8 +1,7 @@
 # Everything below sets itself up in .venv; the machine needs Python 3.10 or later and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles each module when it is first imported; pip would take a minute to compile all of them.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := .venv/.installed
 OPS := mmcv-torchvision-ops
 
