@@ -4,58 +4,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from metaformer.errors import InputError
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Percent = Annotated[float, Field(ge=0, le=100)]
-Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Part(BaseModel):
-    """Base class of all parts of a record. Fields that a class does not name are kept."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-
-class Hardware(Part):
-    cpu: str
-    cores: Positive
-    gpus: list[str]
-
-    @property
-    def processor(self) -> str:
-        return f"{self.cpu}, {self.cores} cores"
-
-    @property
-    def device(self) -> str:
-        """The GPU, or else the processor."""
-        return self.gpus[0] if self.gpus else self.processor
-
-
-class Provenance(Part):
-    command: str
-    commit: str | None
-    versions: dict[str, str | None]
-    hardware: Hardware
-    date: str
-
-
-class Data(Part):
-    classes: Positive
-    images: Positive | None = None
-    val_images: Positive | None = None
-
-
-class Settings(Part):
-    img_size: Positive | None = None
-    crop_pct: float | None = None
-    model_args: dict[str, Any] = {}
-    seed: int | None = None
-    study: str | None = None
-    row: str | None = None
+from metaformer.records.parts import Amount, Count, Data, Hardware, Part, Percent, Positive, Provenance, Settings
+from metaformer.records.speed import Benchmark, Loading
 
 
 class Weights(Part):
@@ -166,8 +119,8 @@ class Training(Part):
     starts: Annotated[list[Provenance], Field(min_length=1)]
     settings: Settings
     epochs: Epochs | None = None
-    curve: list[Epoch] = []
-    skipped: dict[str, Count] = {}
+    curve: list[Epoch] = Field(default_factory=list)
+    skipped: dict[str, Count] = Field(default_factory=dict)
     """Number of unreadable pictures left out of each split."""
 
     @model_validator(mode="after")
@@ -200,136 +153,6 @@ class Training(Part):
     @property
     def hardware(self) -> Hardware:
         return self.starts[-1].hardware
-
-
-# Benchmarks
-
-
-class BenchmarkSettings(Part):
-    rounds: Positive
-    seed: int
-
-
-class Rates(Part):
-    """Rates of large matrix products and copies on the machine."""
-
-    macs_per_s: Amount
-    bytes_per_s: Amount
-
-
-class Floor(Part):
-    """Work of a batch and the least time that it takes."""
-
-    macs: Positive
-    bytes: Positive
-    seconds: Amount
-
-
-class Entry(Part):
-    form: str
-    runtime: str
-    memory_format: str
-
-
-class Absent(Entry):
-    reason: str
-
-
-class Contestant(Entry):
-    seconds: Annotated[list[Amount], Field(min_length=1)]
-    """Duration of a call on the batch in each round."""
-    saved_bytes_per_image: Amount | None
-    peak_bytes: Positive | None
-    """On a GPU, what a call allocates; on a CPU, what model and calls take of a fresh process's resident memory."""
-
-
-def took_turns(contestants: list[Contestant]) -> list[Contestant]:
-    if len({len(contestant.seconds) for contestant in contestants}) > 1:
-        raise ValueError("the contestants do not have equally many rounds")
-    entries = {(contestant.form, contestant.runtime, contestant.memory_format) for contestant in contestants}
-    if len(entries) < len(contestants):
-        raise ValueError("a contestant occurs twice")
-    return contestants
-
-
-class Cell(Part):
-    """Contestants that took turns at one task on one batch."""
-
-    task: Literal["inference", "training"]
-    model: str
-    batch: Positive
-    size: tuple[Positive, Positive]
-    precision: str
-    device: Literal["cpu", "cuda"]
-    rates: Rates
-    floor: Floor
-    contestants: Annotated[list[Contestant], AfterValidator(took_turns)]
-    absent: list[Absent] = []
-
-
-class Benchmark(Provenance):
-    kind: Literal["benchmark"]
-    settings: BenchmarkSettings
-    cells: Annotated[list[Cell], Field(min_length=1)]
-
-    @property
-    def model(self) -> str:
-        """Stands in the name of the record's file."""
-        return self.cells[0].model if len({cell.model for cell in self.cells}) == 1 else "models"
-
-    def device(self, cell: Cell) -> str:
-        return self.hardware.device if cell.device == "cuda" else self.hardware.processor
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_one_setting(cls, record: Any) -> Any:
-        """Bring a record of version 0.1.0, of several tasks in one setting, into the form with cells."""
-        if not isinstance(record, dict) or "tasks" not in record:
-            return record
-        try:
-            about = {"model": record["model"], "rates": record["rates"], **record["settings"]}
-            cells = [{**about, **task} for task in record["tasks"]]
-            runtimes, layout = ("eager", "compiled"), about["memory_format"]
-            for cell in cells:
-                cell["contestants"] = [
-                    {**of, "runtime": runtimes[of["compiled"]], "memory_format": layout} for of in cell["contestants"]
-                ]
-        except (LookupError, TypeError) as error:
-            raise ValueError(f"a part of a record without cells is missing or wrong ({error})") from error
-        return {**record, "cells": cells}
-
-
-class Spread(Part):
-    median: Amount
-    min: Amount
-    max: Amount
-
-
-class Decoder(Part):
-    decode_images_per_s: Spread
-    loader_images_per_s_per_worker: Spread
-    loader_relative_to_pillow: Spread | None = None
-    workers_needed: Positive | None
-
-
-class Pictures(Data):
-    mean_width: Amount
-    mean_height: Amount
-    mean_bytes: Amount  # of the encoded file
-
-
-class Loading(Provenance):
-    kind: Literal["loader"]
-    model: Literal["jpeg"] = "jpeg"
-    """Stands in the name of the record's file where other records have a model."""
-    data: Pictures
-    workers: Positive
-    rounds: Positive
-    consume_images_per_s: Amount | None
-    decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
-    split_ms: dict[str, Spread] | None = None
-    """Milliseconds of a picture in each stage of the loader, in one process."""
-    settings: Settings
 
 
 # Campaigns of faults
