@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
 from conftest import ROOT
-from metaformer import open_checkpoint
+from metaformer import InputError, open_checkpoint
 from metaformer.weights.writers import write
 from test_training import interrupt
 
@@ -78,3 +78,10 @@ def test_the_card_of_weights_within_an_epoch_states_no_accuracy(run, tmp_path, m
     assert card.data.eval_results is None
     assert "Top-1" not in card.text
     assert "| Trained | 1 of 2 epochs on 24 pictures, seed 42 |" in card.text
+
+
+def test_a_damaged_record_of_the_run_is_refused(run, tmp_path):
+    folder = run()
+    (folder / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot read .*run\.json"):
+        write(open_checkpoint(folder / "last.pt"), "timm-hf", tmp_path / "folder")

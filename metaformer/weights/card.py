@@ -1,6 +1,5 @@
 """The model card of a network that was trained here, beside its weights for timm and transformers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from metaformer.provenance import sha256, write_file
+from metaformer.weights.described import read_json
 from metaformer.weights.files import read_checkpoint
 from metaformer.weights.opener import Opened
 
@@ -48,7 +48,7 @@ def write_card(opened: Opened, folder: Path) -> None:
     The card states the architecture, the data, the recipe, the accuracy after the epoch of the checkpoint, the
     versions, the SHA-256 of the weights, and logits with which a reader can check a copy.
     """
-    run = json.loads((opened.path.parent / "run.json").read_text())
+    run = read_json(opened.path.parent / "run.json")
     checkpoint = read_checkpoint(opened.path)
     epoch = checkpoint["epoch"]
     settings, data, start = run["settings"], run["data"], run["starts"][0]
