@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and 1 / standard deviation of each sample, (B, 1) each."""
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def mix(x: Tensor, factor: Tensor, rstd: Tensor, pool_size: int) -> Tensor:
@@ -82,18 +83,19 @@ def pool_transposed(grad: Tensor, size: int) -> Tensor:
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """A 1x1 convolution of maps (B, C, H, W) with a weight (K, C), and GELU.
 
-    On a CPU oneDNN is faster in float32 than the BLAS behind ``F.linear`` and applies GELU as it writes. Inductor
-    reaches oneDNN through a convolution.
+    On a CPU oneDNN is faster than the BLAS behind ``F.linear`` in float32. With AVX-512 its linear applies GELU as it
+    writes. Without it the convolution is faster, and inductor reaches oneDNN through the convolution only.
     """
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and torch.compiler.is_compiling():
-        product = F.conv2d(x, weight[:, :, None, None], bias)
-    elif on_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    compiling = torch.compiler.is_compiling()
+    onednn = compiling or (x.dtype == torch.float32 and torch.backends.mkldnn.is_available())
+    if x.device.type != "cpu" or not onednn:
+        product = maps(F.linear(rows(x), weight, bias), x)
+    elif AVX512 and not compiling:
         epilogue = ("gelu", [], "none") if gelu else ("none", [], "")
         return maps(torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, *epilogue), x)
     else:
-        product = maps(F.linear(rows(x), weight, bias), x)
-    return F.gelu(product) if gelu else product
+        product = F.conv2d(x, weight[:, :, None, None], bias)
+    return torch.ops.aten.gelu_(product) if gelu else product
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
 
 import metaformer
-from metaformer import MetaFormerBlock
+from metaformer import MetaFormerBlock, kernels
 from metaformer.fused import FusedBlock, applies, mlp_half, pooling_half
 from oracles import randomise, relative_error, timm_twin
 
@@ -154,7 +154,9 @@ def test_the_bias_of_the_first_norm_has_no_effect():
     assert expected["norm1.bias"].norm() < 1e-12 * expected["norm1.weight"].norm()
 
 
-def test_rounding_in_float32_is_that_of_the_plain_form():
+@pytest.mark.parametrize("avx512", [True, False])
+def test_rounding_in_float32_is_that_of_the_plain_form(avx512, monkeypatch):
+    monkeypatch.setattr(kernels, "AVX512", avx512)
     model = randomise(timm.create_model("poolformer_s12", num_classes=10)).train()
     plain = timm.create_model("poolformer_s12", num_classes=10, fused=False)
     plain.load_state_dict(model.state_dict())
@@ -629,9 +631,10 @@ def test_meta_tensors():
 # Folded models
 
 
-@pytest.mark.parametrize("name", ["poolformer_s12", "metaformer_s12_pool7"])
-def test_folded_models_are_the_same_function(name):
-    model = randomise(timm.create_model(name, num_classes=7)).eval()
+@pytest.mark.parametrize(("name", "avx512"), [("poolformer_s12", True), ("metaformer_s12_pool7", False)])
+def test_folded_models_are_the_same_function(name, avx512, monkeypatch):
+    monkeypatch.setattr(kernels, "AVX512", avx512)
+    model = randomise(timm.create_model(name, num_classes=7, fused=False)).eval()
     before = copy.deepcopy(model.state_dict())
     folded = metaformer.fuse(model.train())
     assert model.training
