@@ -6,10 +6,11 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.export import Dim
 
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError, check_known
 from metaformer.mixers import Size
 from metaformer.model import MetaFormer
 from metaformer.provenance import write_file, writing
@@ -24,18 +25,6 @@ BATCHES = (1, 3)
 Exported = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-class Levels(nn.Module):
-    """The backbone: images (B, in_chans, H, W) to the maps of the stages (B, C, H/4, W/4), (B, C, H/8, W/8), ..."""
-
-    def __init__(self, model: MetaFormer):
-        super().__init__()
-        model.prune_intermediate_layers(len(model.stages), prune_norm=True)
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.forward_intermediates(images, intermediates_only=True))
-
-
 def export_opened(opened: Opened, to: str, target: Path, sides: list[int] | None, features: bool = False) -> str:
     """Export an opened checkpoint; returns the report of :func:`export`.
 
@@ -47,8 +36,7 @@ def export_opened(opened: Opened, to: str, target: Path, sides: list[int] | None
     Raises:
         InputError: the format is unknown, a package is missing, or the model cannot be exported for this size.
     """
-    if to not in FORMATS:
-        raise InputError(f"there is no format {to!r}{nearest(to, FORMATS)}: there are {', '.join(FORMATS)}")
+    check_known("format", to, FORMATS)
     missing = [package for package in ONNX_PACKAGES if find_spec(package) is None]
     if to == "onnx" and missing:
         raise InputError(f"to export to onnx, more packages are needed: pip install {' '.join(missing)}")
@@ -57,7 +45,8 @@ def export_opened(opened: Opened, to: str, target: Path, sides: list[int] | None
         return export(opened.model, size, to, target)
     if not isinstance(opened.model, MetaFormer):
         raise InputError(f"{opened.name} is not a MetaFormer: export it without --features")
-    return export(Levels(opened.model).eval(), size, to, target)
+    levels = FeatureGetterNet(opened.model, out_indices=len(opened.model.stages))
+    return export(levels.eval(), size, to, target)
 
 
 def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
@@ -102,7 +91,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     Raises:
         InputError: the file cannot be written, or computes something else than the model.
     """
-    backbone = model.model if isinstance(model, Levels) else model
+    backbone = model.model if isinstance(model, FeatureGetterNet) else model
     channels = backbone.in_chans if isinstance(backbone, MetaFormer) else 3
     two_positions = stride(backbone) + 3
     smallest = stride(backbone) if to == "onnx" else two_positions
@@ -115,8 +104,8 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     images = torch.randn(2, channels, *traced)
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
     if to == "onnx":
-        levels = [f"level{i}" for i in range(len(backbone.stages))] if isinstance(model, Levels) else ["logits"]
-        content, exported = onnx(model, images, dims, levels)
+        names = ["logits"] if model is backbone else [f"level{i}" for i in model.out_indices]
+        content, exported = onnx(model, images, dims, names)
     else:
         content, exported = torch_export(model, images, dims)
     error = largest_error(exported, model, channels, sizes)

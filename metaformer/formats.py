@@ -13,7 +13,6 @@
 import re
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 
 from torch import Tensor
 
@@ -47,29 +46,25 @@ MMPRETRAIN: Rows = [  # the first name is the official one
 ]
 
 
-def renamed(state_dict: StateDict, rename: Callable[[str], str]) -> StateDict:
-    """Rename all tensors; raises ``InputError`` if two would have the same name."""
-    result: StateDict = {}
-    for name, tensor in state_dict.items():
-        new = rename(str(name))
-        if new in result:
-            raise InputError(f"the weights have two tensors that are {new!r} under other names: {name!r} is one")
-        result[new] = tensor
-    return result
+def renamed(rows: Rows, state_dict: StateDict, back: bool = False) -> StateDict:
+    """Rename by the first matching row, from our names to the other library's, or ``back``.
 
-
-def by(rows: Rows, back: bool = False) -> Callable[[StateDict], StateDict]:
-    """A function that renames by the first matching row, from our names to the other library's, or ``back``."""
+    Raises:
+        InputError: two tensors would have the same name.
+    """
     rules = []
     for ours, theirs in rows:
         given, wanted = (theirs, ours) if back else (ours, theirs)
         pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(given)) + ("" if given.endswith(".") else r"\Z")
         rules.append((re.compile(pattern), re.sub(r"{(\w)}", r"\\g<\1>", wanted)))
-
-    def rename(name: str) -> str:
-        return next((pattern.sub(new, name, 1) for pattern, new in rules if pattern.match(name)), name)
-
-    return lambda state_dict: renamed(state_dict, rename)
+    result: StateDict = {}
+    for key, tensor in state_dict.items():
+        name = str(key)
+        new = next((pattern.sub(to, name, 1) for pattern, to in rules if pattern.match(name)), name)
+        if new in result:
+            raise InputError(f"the weights have two tensors that are {new!r} under other names: {key!r} is one")
+        result[new] = tensor
+    return result
 
 
 def official(state_dict: StateDict, back: bool = False) -> StateDict:
@@ -82,9 +77,10 @@ def official(state_dict: StateDict, back: bool = False) -> StateDict:
             if (m := re.match(r"network\.(\d{1,3})\.(proj|pos_embed|\d)", str(name)))
         }
         parts = {"proj": "downsample", "pos_embed": "position"}
-        places = [(place, parts.get(found[place], "blocks")) for place in sorted(found)]
-        stages = accumulate(int(part == "downsample") for _, part in places)
-        rows = [(place, stage, part) for (place, part), stage in zip(places, stages, strict=True)]
+        rows, stage = [], 0
+        for place, kind in sorted(found.items()):
+            stage += kind == "proj"
+            rows.append((place, stage, parts.get(kind, "blocks")))
     else:
         order = ("downsample", "position", "blocks")
         pattern = rf"stages\.(\d{{1,3}})\.({'|'.join(order)})\."
@@ -95,7 +91,14 @@ def official(state_dict: StateDict, back: bool = False) -> StateDict:
         ours, theirs = f"stages.{stage}.{part}.", f"network.{place}."
         names.append((ours + "{j}.layer_scale{k}", theirs + "{j}.layer_scale_{k}"))
         names.append((ours, theirs + "proj." if part == "downsample" else theirs))
-    return by(names, back)(state_dict)
+    return renamed(names, state_dict, back)
+
+
+def mmpretrain(state_dict: StateDict, back: bool = False) -> StateDict:
+    """To the names of mmpretrain, or ``back``."""
+    if back:
+        return official(renamed(MMPRETRAIN, state_dict, back), back)
+    return renamed(MMPRETRAIN, official(state_dict))
 
 
 def from_toolbox(state_dict: StateDict) -> StateDict:
@@ -106,18 +109,14 @@ def from_toolbox(state_dict: StateDict) -> StateDict:
 
 TO: dict[str, Callable[[StateDict], StateDict]] = {
     "official": official,
-    "timm": by(TIMM),
-    "hf": by(HF),
-    "mmpretrain": lambda state_dict: by(MMPRETRAIN)(official(state_dict)),
-    "ours": by([]),
+    "timm": partial(renamed, TIMM),
+    "hf": partial(renamed, HF),
+    "mmpretrain": mmpretrain,
+    "ours": partial(renamed, []),
 }
 FROM: dict[str, Callable[[StateDict], StateDict]] = {
-    "official": partial(official, back=True),
-    "timm": by(TIMM, back=True),
-    "hf": by(HF, back=True),
-    "mmpretrain": lambda state_dict: official(by(MMPRETRAIN, back=True)(state_dict), back=True),
+    **{name: partial(rename, back=True) for name, rename in TO.items()},
     "toolbox": from_toolbox,
-    "ours": by([]),
 }
 MARKS = {
     "official": r"network\.0\.0\.",
