@@ -192,20 +192,16 @@ def on_meta_device() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """``F.conv1d``, ``F.conv2d`` and ``F.conv3d``."""
+def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, transposed=False, output_padding=0):
+    """``F.conv1d``, ``F.conv2d`` and ``F.conv3d``; with ``transposed``, ``F.conv_transpose1d`` and so on."""
     per_side = to_ntuple(weight.ndim - 2)
-    dilation = per_side(dilation)
     if padding == "same":
-        reach = [step * (kernel - 1) for step, kernel in zip(dilation, weight.shape[2:], strict=True)]
+        reach = [step * (side - 1) for step, side in zip(per_side(dilation), weight.shape[2:], strict=True)]
         x = F.pad(x, [pad for total in reversed(reach) for pad in (0, total)])  # for the shape, any side will do
     padding = per_side(0 if isinstance(padding, str) else padding)
-    return torch._convolution(
-        x, weight, bias, per_side(stride), padding, dilation, False, per_side(0), groups, *[False] * 4
-    )
+    geometry = (per_side(stride), padding, per_side(dilation), transposed, per_side(output_padding))
+    return torch._convolution(x, weight, bias, *geometry, groups, *[False] * 4)
 
 
 def transposed_convolution(x, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
-    per_side = to_ntuple(weight.ndim - 2)
-    geometry = (per_side(stride), per_side(padding), per_side(dilation), True, per_side(output_padding))
-    return torch._convolution(x, weight, bias, *geometry, groups, *[False] * 4)
+    return convolution(x, weight, bias, stride, padding, dilation, groups, True, output_padding)
