@@ -46,35 +46,31 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
     check_known("format", to, TARGETS)
     if to == "timm-hf":
         return write_timm_folder(opened, target)
-    if not isinstance(opened.model, MetaFormer):
+    model = opened.model
+    if not isinstance(model, MetaFormer):
         raise InputError(f"{to} has no {opened.name}, which is not a MetaFormer: use timm-hf")
     if to == "hf":
         return write_transformers_folder(opened, target)
     known = MODELS.get(to, [opened.name])
     if opened.name not in known:
         raise InputError(f"{to} has no {opened.name}: it has {', '.join(known)}")
-    content, remarks = convert(opened.model.state_dict(), to), []
+    content, remarks = convert(model.state_dict(), to), []
     if to == "timm":
         remarks = compared_with_timm(opened)
-    elif to != "ours":  # a reader of the file builds the model by its name
-        arguments = {
-            "img_size": opened.size,
-            "in_chans": opened.model.in_chans,
-            "num_classes": opened.model.num_classes,
-        }
-        by_name = timm.create_model(opened.name, **arguments)
-        check_same(opened, by_name, "ours", f"the {to} format, which holds weights alone,")
-    if to == "mmpretrain":
-        content = {"state_dict": content}
     elif to == "ours":
         own = {"model": opened.name, "model_args": opened.model_args, "img_size": opened.size[0], **opened.inputs}
         content = {
             "arch": opened.name,
             "config": {**own, **(opened.config or {})},
-            "num_classes": opened.model.num_classes,
+            "num_classes": model.num_classes,
             "class_names": opened.class_names,
             "state_dict": content,
         }
+    else:  # a reader of the file builds the model by its name
+        shape = {"img_size": opened.size, "in_chans": model.in_chans, "num_classes": model.num_classes}
+        by_name = timm.create_model(opened.name, **shape)
+        check_same(opened, by_name, "ours", f"the {to} format, which holds weights alone,")
+        content = {"state_dict": content} if to == "mmpretrain" else content
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, lambda file: torch.save(content, file))
