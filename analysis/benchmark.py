@@ -39,7 +39,7 @@ from metaformer.analysis import contestants
 from metaformer.analysis.benchmark import benchmark
 from metaformer.analysis.contestants import BEST, EXPORTED, LAYOUTS, OTHERS, OURS, PRECISIONS, RUNTIMES, TASKS, Cell
 from metaformer.analysis.render import markdown
-from metaformer.analysis.speed import Timing, compared, place
+from metaformer.analysis.speed import compared, place, timings
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import write_json
 from metaformer.records import Benchmark
@@ -126,10 +126,9 @@ def report(record: Benchmark) -> str:
         f"{1000 * floor.macs / rates.macs_per_s:,.2f} ms for {floor.macs / 1e9:,.2f} GMACs, "
         f"{1000 * floor.bytes / rates.bytes_per_s:,.2f} ms for {floor.bytes / 1e9:,.2f} GB",
         *(f"  not timed: {of.form} ({of.runtime}, {of.memory_format}): {of.reason}" for of in cell.absent),
-        f"  fastest: {compared(record, cell)['fastest']}",
+        f"  fastest: {compared(cell)['fastest']}",
     ]
-    timings = [Timing(record, cell, contestant) for contestant in cell.contestants]
-    rows = [{**timing.figures(), "layout": timing.layout} for timing in timings]
+    rows = [timing.figures() for timing in timings(cell)]
     shown = [heading for heading in rows[0] if any(row[heading] is not None for row in rows)] if rows else []
     return "\n".join([*lines, "", markdown([{heading: row[heading] for heading in shown} for row in rows]), ""])
 

@@ -11,34 +11,22 @@ and come from the system's file cache, so that the speed of a disk or network mu
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from metaformer.analysis.loader import measure
+from metaformer.analysis.speed import loader_rows
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_json
+from metaformer.records import Loading
 from metaformer.training.config import CONFIGS, load_config
 from metaformer.training.distributed import join
 
 
-def report(record: dict[str, Any]) -> str:
-    data, pillow = record["data"], record["decoders"]["pillow"]
-    lines = [
-        f"{record['images']} pictures of {data['mean_width']:.0f} x {data['mean_height']:.0f} pixels and "
-        f"{data['mean_bytes'] / 1000:.0f} kB on average, to {record['settings']['img_size']} px; "
-        f"--workers {record['workers']} on {record['hardware']['cores']} cores ({record['hardware']['cpu']}); "
-        f"median of {record['rounds']} rounds (min to max)",
-        "  loader, images/s per worker  {median:.0f} ({min:.0f} to {max:.0f})".format_map(
-            pillow["loader_images_per_s_per_worker"]
-        ),
-        "  decoding alone, images/s     {median:.0f} ({min:.0f} to {max:.0f})".format_map(
-            pillow["decode_images_per_s"]
-        ),
-    ]
-    if record["consume_images_per_s"]:
-        lines.append(f"  workers for {record['consume_images_per_s']:,g} images/s: {pillow['workers_needed']:,}")
-    return "\n".join(lines)
+def report(record: Loading) -> str:
+    (row,) = loader_rows(record)
+    lines = [f"  {heading}: {cell}" for heading, cell in row.items() if cell is not None]
+    return "\n".join([f"{record.images} pictures, median of {record.rounds} rounds (min to max)", *lines])
 
 
 def main() -> None:
@@ -69,7 +57,7 @@ def main() -> None:
     record = {**measure(config, join(), options.workers, options.images, options.rounds, consume), **provenance()}
     if options.record:
         write_json(options.record, record)
-    print(report(record))
+    print(report(Loading.model_validate(record)))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ import sys
 
 from tqdm import tqdm
 
-from metaformer.analysis.count import cached_count
 from metaformer.analysis.measured import Measured
-from metaformer.analysis.outputs import TABLES, builds_of, outputs
+from metaformer.analysis.outputs import TABLES, outputs
 from metaformer.analysis.paper import ROOT
 from metaformer.analysis.render import FORMATS
 from metaformer.errors import check_known, run_command
@@ -31,10 +30,8 @@ def main() -> int:
         for name in given:
             check_known(kind, name, known)
     names = options.tables or list(TABLES)
-    for build in tqdm(builds_of(names), desc="counting", unit="model", disable=None):
-        cached_count(build)
     measured = Measured(ROOT / "analysis/results")
-    tables = {name: TABLES[name](measured) for name in names}
+    tables = {name: TABLES[name](measured) for name in tqdm(names, unit="table", disable=None)}
     files = outputs(tables, formats, measured)
     changed = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in [] if options.check else changed:

@@ -358,7 +358,7 @@ def test_intervals_hold_the_median_of_most_samples():
         held = 0
         for seconds in torch.rand(500, rounds, generator=generator):
             of = SimpleNamespace(seconds=seconds.tolist())
-            interval = speed.Timing(None, SimpleNamespace(batch=1), of).interval
+            interval = speed.Timing(SimpleNamespace(batch=1), of).interval
             held += interval.low <= 2 <= interval.high
         assert held / 500 > 0.93
 
@@ -406,7 +406,7 @@ def test_the_command_writes_what_the_importer_takes(tmp_path, monkeypatch, comma
     assert [contestant.form for contestant in inference.contestants] == ["fused", "folded", "timm"]
     assert [contestant.form for contestant in training.contestants] == ["fused", "timm"]
     assert all(len(contestant.seconds) == 2 for cell in found.cells for contestant in cell.contestants)
-    rows = (timing.figures() for timing in speed.timings(found))
+    rows = (timing.figures() for timing in speed.timings(*found.cells))
     row = next(row for row in rows if (row["task"], row["form"]) == ("training", "fused"))
     ours, timm = (contestant.seconds for contestant in training.contestants)
     assert row["times timm"].value == median(b / a for a, b in zip(ours, timm, strict=True))

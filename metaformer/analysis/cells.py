@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any, NamedTuple
 
 NOTHING = "-"
@@ -29,9 +29,9 @@ class Number(NamedTuple):
         return f"{rounded(self.value, self.digits):{sign},f}{self.unit and ' '}{self.unit}"
 
 
-def as_printed(figure: float, unit: str = "") -> Number:
+def as_printed(figure: float) -> Number:
     """A figure of the paper with the printed number of digits: none for 12, one for 3.0."""
-    return Number(Decimal(str(figure)), len(str(figure).partition(".")[2]), unit)
+    return Number(Decimal(str(figure)), len(str(figure).partition(".")[2]))
 
 
 class Range(NamedTuple):
@@ -63,24 +63,10 @@ class Mean(NamedTuple):
         return f"{Number(self.value, 1)}{margin}"
 
 
-class Accuracy(NamedTuple):
-    """Accuracies in percent by the name of the weights' file: mean and standard deviation where there are several."""
-
-    by_file: dict[str, list[float]]
-
-    def __str__(self) -> str:
-        return "; ".join(
-            f"{Mean(mean(values), stdev(values))} of {len(values)} runs ({file})"
-            if len(values) > 1
-            else f"{Number(values[0], 1)} ({file})"
-            for file, values in self.by_file.items()
-        )
-
-
 class Measurement(NamedTuple):
     """A value that must be measured; ``None`` without a record."""
 
-    value: Number | Range | Mean | Accuracy | str | None
+    value: Number | Range | Mean | str | None
     absent: str = NOT_RUN
 
     def __str__(self) -> str:
@@ -129,19 +115,21 @@ class Table(NamedTuple):
     rows: list[Row]
     notes: list[str]
 
+    def verdicts(self) -> Counter[str]:
+        """The number of verdicts of each kind."""
+        cells = [cell for row in self.rows for cell in row.values()]
+        found = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
+        return Counter(verdict.kind for verdict in found if isinstance(verdict, Verdict))
+
     def summary(self) -> str:
         """One line with the number of rows, of verdicts of each kind, and of present and missing measurements."""
-        cells = [cell for row in self.rows for cell in row.values()]
-        verdicts = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
-        kinds = Counter(verdict.kind for verdict in verdicts if isinstance(verdict, Verdict))
-        values = [place.value for row in self.rows for place in places(row)]
+        kinds, computed = self.verdicts(), ("equal", "explained", "unexplained")
         parts = [f"{len(self.rows)} rows"]
-        if computed := sum(kinds[kind] for kind in ("equal", "explained", "unexplained")):
-            detail = ", ".join(f"{kinds[kind]} {kind}" for kind in ("equal", "explained", "unexplained"))
-            parts.append(f"{computed} cells computed ({detail})")
+        if number := sum(kinds[kind] for kind in computed):
+            parts.append(f"{number} cells computed ({', '.join(f'{kinds[kind]} {kind}' for kind in computed)})")
         others = ("true", "false", "holds", "fails", "undecided", NOT_RUN)
         parts += [f"{kinds[kind]} {kind}" for kind in others if kinds[kind]]
-        if values:
+        if values := [place.value for row in self.rows for place in places(row)]:
             missing = values.count(None)
             parts.append(f"{len(values) - missing} measured, {missing} {NOT_RUN}")
         return f"{self.name}: {'; '.join(parts)}"

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import ROOT, counted_value, rows_of
-from metaformer.analysis.speed import timings
+from metaformer.analysis.speed import column_of, timings
 from metaformer.analysis.studies import paper_top1
 from metaformer.errors import InputError
 from metaformer.provenance import writing
@@ -35,8 +35,6 @@ STYLES = {
 FAMILIES = {"PoolFormer-": "pooling", "DeiT-": "attention", "ResMLP-": "spatial MLP", "RSB-ResNet-": "none"}
 """Figure 1b: prefix of the models of each line, and the style of the line."""
 
-Row = dict[str, Any]
-
 
 def fig1b() -> Figure:
     """Top-1 against MACs of PoolFormer, DeiT, ResMLP and RSB-ResNet (Figure 1b)."""
@@ -44,7 +42,7 @@ def fig1b() -> Figure:
     axes = figure.subplots()
     for start, mixer in FAMILIES.items():
         rows = [row for row in rows_of("table2") if row["model"].startswith(start)]
-        points = [(place(row, "macs"), row["top1"]) for row in rows]
+        points = [(float(counted_value(row["build"], "macs")), row["top1"]) for row in rows]
         _, colour, marker = STYLES[mixer]
         axes.plot(
             *zip(*points, strict=True), color=colour, marker=marker, label=start[:-1], linewidth=1.2, markersize=5
@@ -65,16 +63,14 @@ def fig3() -> Figure:
     for axes, (column, title, ticks, left) in zip(both, panels, strict=True):
         for row in rows_of("table2"):
             kind, colour, marker = STYLES[row["mixer"]]
-            point = (place(row, column), row["top1"])
+            point = (float(counted_value(row["build"], column)), row["top1"])
             axes.plot(*point, marker, color=colour, markersize=5, label=kind)
             if row["mixer"] == "pooling":
                 label(axes, row["model"].removeprefix("PoolFormer-"), point, colour)
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlim=(left, None), xlabel=f"{title} (counted)")
         axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlim(left=left)
-        axes.set_xlabel(f"{title} (counted)")
     both[0].set_ylabel("ImageNet-1K top-1, % (paper)")
     handles, labels = both[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -112,8 +108,8 @@ def proxy() -> Figure:
     differences: dict[str, dict[str, Interval]] = {}
     for name, results in Measured(ROOT / "analysis/results").studies.items():
         found = {row: results.estimate({row: 1, "baseline": -1}) for row in ROWS if row != "baseline"}
-        differences[name] = {row: interval for row, interval in found.items() if interval}
-    differences = {name: found for name, found in differences.items() if found}
+        if known := {row: interval for row, interval in found.items() if interval}:
+            differences[name] = known
     if not differences:
         raise InputError("analysis/results/ has no study with two runs of a row: run classification/ablate.sh")
     printed = paper_top1()
@@ -133,10 +129,9 @@ def proxy() -> Figure:
     axes.set_xscale("symlog", linthresh=3)
     axes.xaxis.set_major_locator(FixedLocator([-80, -40, -20, -10, -5, -2, 0, 2, 5, 10]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
+    axes.xaxis.set_major_formatter("{x:+g}")
     axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlim(left=-110)
-    axes.set_xlabel("top-1 minus the baseline's, points (linear to 3, then logarithmic)")
+    axes.set(xlim=(-110, None), xlabel="top-1 minus the baseline's, points (linear to 3, then logarithmic)")
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure
@@ -159,24 +154,23 @@ def growth() -> Figure | None:
     panels = figure.subplots(2, 3, sharex="col", sharey="row")
     for (above, below), (title, place_of) in zip(panels.T, axes_of.items(), strict=True):
         lines: dict[tuple[str, str], list[tuple[Any, float, float]]] = defaultdict(list)
-        for timing in timings(grown[-1]):
+        for timing in timings(*grown[-1].cells):
             place, others = place_of(timing.cell)
             if others == place_of(base)[1]:
-                peak = timing.contestant.peak_bytes
-                lines[timing.column, timing.cell.task].append((place, timing.interval.value, (peak or math.nan) / 1e6))
+                of = timing.contestant
+                line = lines[column_of(of), timing.cell.task]
+                line.append((place, timing.interval.value, (of.peak_bytes or math.nan) / 1e6))
         for (column, task), points in lines.items():
             places, speeds, peaks = zip(*sorted(points), strict=True)
             colour, dashes = COLOURS[4 if column.startswith("ours") else 1], "-" if task == "inference" else "--"
             for axes, values in ((above, speeds), (below, peaks)):
                 axes.plot(places, values, dashes, color=colour, marker=".", label=f"{column}, {task}")
         below.set_xlabel(title)
-    for axes in panels[:, 0]:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     for axes, heading in zip(panels[:, 0], ("images/s", "peak memory, MB"), strict=True):
-        axes.set_yscale("log")
-        axes.set_ylabel(heading)
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set(yscale="log", ylabel=heading)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
     panels[1, 2].set_xticks(range(len(models)), [name.removeprefix("poolformer_").upper() for name in models])
     panels[0, 0].legend(frameon=False, fontsize=8)
     height, width = base.size
@@ -216,20 +210,13 @@ def read_run(run: Path) -> tuple[pd.Series, pd.Series, str]:
         raise InputError(f"{run} is no run: it has neither metrics.csv nor */vis_data/scalars.json")
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     losses = {line["iter"]: line["loss"] for line in lines if "loss" in line}
-    iterations = {}  # by epoch, under which validation is logged
-    for line in lines:
-        if "loss" in line and "epoch" in line:
-            iterations[line["epoch"]] = line["iter"]
+    # Validation is logged under its epoch.
+    iterations = {line["epoch"]: line["iter"] for line in lines if "loss" in line and "epoch" in line}
     measures = {"coco/bbox_mAP": ("box AP, %", 100), "mIoU": ("mIoU, %", 1)}
     key = next((key for key in measures if any(key in line for line in lines)), None)
     name, scale = measures.get(key, ("accuracy", 1))
     accuracies = {iterations.get(line["step"], line["step"]): scale * line[key] for line in lines if key in line}
     return pd.Series(losses), pd.Series(accuracies, dtype=float), name
-
-
-def place(row: Row, column: str) -> float:
-    """Position of a model on the axis, as counted."""
-    return float(counted_value(row["build"], column))
 
 
 def label(axes: Axes, text: str, point: tuple[float, float], colour: str, below: bool = False) -> None:

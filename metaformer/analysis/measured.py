@@ -1,18 +1,16 @@
 """Read the records of analysis/results/ and check them against the table rows in which they appear."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from metaformer.analysis.cells import Accuracy, Measurement, Row
-from metaformer.analysis.paper import built_rows, key_of, paper, rows_of
+from metaformer.analysis.cells import Mean, Measurement, Number, Row
+from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Classification, Evaluation, Record, Training, read_record
 from metaformer.records.statistics import Results
 from metaformer.variants import VARIANTS
-
-Metric = Callable[[Evaluation], float | None]
 
 
 class Measured:
@@ -53,14 +51,25 @@ class Measured:
         """Records of a kind about a model of paper.yaml, oldest first."""
         return [record for record in self.records[kind] if record.model == key_of(build)]
 
-    def accuracy(self, build: str | None, metric: Metric, epochs: int = 300) -> Measurement:
-        """``metric`` of the evaluations of a model that was trained for ``epochs``, by the weights' file."""
+    def accuracy(self, build: str | None, metric: str, epochs: int = 300) -> Measurement:
+        """The evaluations of a model that was trained for ``epochs``, in percent, by the weights' file.
+
+        Args:
+            metric: name of the accuracy in the records. Those of COCO are fractions, and -1 where there are no objects.
+        """
         by_file: dict[str, list[float]] = defaultdict(list)
         for kind in ("classification", "detection", "segmentation"):
             for record in self.of_model(kind, build) if build else []:
-                if epochs_of(record) == epochs and (value := metric(record)) is not None:
-                    by_file[record.checkpoint.file if record.checkpoint else "no checkpoint"].append(value)
-        return Measurement(Accuracy(dict(by_file)) if by_file else None)
+                value = dict(record.metrics).get(metric, -1)
+                if epochs_of(record) == epochs and value >= 0:
+                    file = record.checkpoint.file if record.checkpoint else "no checkpoint"
+                    by_file[file].append(100 * value if metric.startswith("coco/") else value)
+        texts = []
+        for file, values in by_file.items():
+            several = len(values) > 1
+            shown = f"{Mean(mean(values), stdev(values))} of {len(values)} runs" if several else Number(values[0], 1)
+            texts.append(f"{shown} ({file})")
+        return Measurement("; ".join(texts) or None)
 
 
 def latest(records: list[Record]) -> list[Record]:
@@ -83,7 +92,7 @@ def epochs_of(record: Evaluation) -> int:
 
 def place_of(model: str, path: Path) -> tuple[str, Row]:
     """The first table that has a model, and its row; Table 5 repeats the baseline of Table 2."""
-    places = {key_of(row["build"]): (table, row) for table, row in reversed(list(built_rows()))}
+    places = {key_of(row["build"]): (table, row) for table in reversed(BUILT) for row in rows_of(table)}
     if model not in places:
         raise InputError(f"{path}: model {model!r} is in no table{nearest(model, places)}")
     return places[model]
@@ -97,7 +106,8 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
     if isinstance(record, Evaluation):
         fields["kind"] = record.kind, data["kind"]
         fields["data.classes"] = record.data.classes, data["classes"]
-        fields["images"] = record.images, data["images"]
+        images = record.metrics.images if isinstance(record, Classification) else record.data.images
+        fields["images"] = images, data["images"]
     if data["kind"] == "classification" and isinstance(record, Classification | Training):
         fields["settings.img_size"] = record.settings.img_size, row.get("image", 224)
         fields["settings.model_args"] = record.settings.model_args, {}
@@ -110,13 +120,3 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
     if isinstance(record, Evaluation) and epochs_of(record) not in known:
         epochs = ", ".join(map(str, known))
         raise InputError(f"{path}: training.epochs is {epochs_of(record)}, but the paper has {epochs}")
-
-
-def metric(name: str, scale: float = 1) -> Metric:
-    """A function from an evaluation to its metric ``name`` times ``scale``; ``None`` if missing or mmdet's -1."""
-
-    def of(record: Evaluation) -> float | None:
-        value = dict(record.metrics).get(name, -1)
-        return scale * value if value >= 0 else None
-
-    return of

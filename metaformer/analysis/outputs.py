@@ -7,7 +7,7 @@ from pathlib import Path
 from metaformer.analysis.cells import Table
 from metaformer.analysis.count import cached_count
 from metaformer.analysis.measured import Measured
-from metaformer.analysis.paper import BUILT, ROOT, paper, rows_of
+from metaformer.analysis.paper import ROOT, paper, rows_of
 from metaformer.analysis.readme import sections
 from metaformer.analysis.render import TEMPLATES, render, with_section
 from metaformer.analysis.report import report
@@ -22,13 +22,6 @@ TABLES: dict[str, Callable[[Measured], Table]] = {
     **{make.__name__: make for make in (claims, cost, speed, fastest, loader, proxy, conclusions, faults, parity)},
 }
 """Functions from :class:`Measured` to :class:`Table`, by the name of the table and its files."""
-
-
-def builds_of(tables: list[str]) -> list[str]:
-    """The models whose parameters and MACs appear in these tables."""
-    counted = {name: (name,) for name in BUILT} | {"claims": ("table2", "table5")}
-    rows = [row for name in tables for table in counted.get(name, ()) for row in rows_of(table)]
-    return list(dict.fromkeys(row["build"] for row in rows))
 
 
 def outputs(tables: dict[str, Table], formats: list[str], measured: Measured) -> dict[Path, str]:

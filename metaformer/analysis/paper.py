@@ -1,6 +1,5 @@
 """Read the paper's figures (analysis/paper.yaml) and compare counts with them."""
 
-from collections.abc import Iterator
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 import yaml
 
 from metaformer.analysis.cells import Counted, Number, Row, Table, Verdict, as_printed, rounded
-from metaformer.analysis.count import cached_count
+from metaformer.analysis.count import ROOT, cached_count
 from metaformer.variants import VARIANTS
 
-ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"params": 10**6, "frozen": 10**6, "macs": 10**9}
-BUILT = ("table1", "table2", "table3", "table4", "table5")
-"""Tables whose rows are models."""
+BUILT = ("table2", "table3", "table4", "table5")
+"""Tables whose rows are models; Table 1 has no others than Table 2."""
 
 
 @cache
@@ -44,11 +42,6 @@ def table_of(name: str, rows: list[Row], *notes: str) -> Table:
 
 def rows_of(table: str) -> list[dict[str, Any]]:
     return paper()[table]["rows"]
-
-
-def built_rows() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Table and row of every model that is counted; Table 1 has no other models than Table 2."""
-    yield from ((table, row) for table in BUILT[1:] for row in rows_of(table))
 
 
 def key_of(build: str) -> str:

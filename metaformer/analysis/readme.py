@@ -3,7 +3,9 @@
 from collections import Counter
 from typing import Any
 
-from metaformer.analysis.cells import Counted, Number, Pair, Table, Verdict
+import pandas as pd
+
+from metaformer.analysis.cells import Number, Pair, Table
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import captions, rows_of
 from metaformer.analysis.render import TEMPLATES, markdown
@@ -44,13 +46,13 @@ def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> di
 
 def status(tables: dict[str, Table], measured: Measured) -> str:
     """What is reproduced and what is not, in six list items."""
-    counts, recipe = (verdicts(tables[name] for name in names) for names in (NUMBERED[:5], NUMBERED[5:6]))
+    counts = sum((tables[name].verdicts() for name in NUMBERED[:5]), Counter())
     pairs = [cell for name in NUMBERED for row in tables[name].rows for cell in row.values() if isinstance(cell, Pair)]
     accuracies = [pair.here.value for pair in pairs if pair.paper]
     asked = list(judged(measured))
     return SECTIONS.status(
         counts=counts,
-        recipe=recipe,
+        recipe=tables["table6"].verdicts(),
         parity=list(map(official_code, measured.records["parity"][-1:])),
         done=len(accuracies) - accuracies.count(None),
         planned=len(accuracies),
@@ -70,25 +72,18 @@ def official_code(record: Parity) -> dict[str, Any]:
 NUMBERED = [f"table{number}" for number in range(1, 8)]
 
 
-def verdicts(tables: list[Table]) -> Counter[str]:
-    cells = [cell for table in tables for row in table.rows for cell in row.values()]
-    found = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
-    return Counter(verdict.kind for verdict in found if isinstance(verdict, Verdict))
-
-
 def speed(measured: Measured) -> str:
     """Ranges of the speed relative to timm's class over all measured batches, sizes, precisions and layouts."""
-    ratios: dict[tuple[str, str, str], list[float]] = {}
-    for *place, ratio in beside_timm(measured):
-        ratios.setdefault(tuple(place), []).append(ratio)
+    place = ["model", "device", "task"]
+    ratios = pd.DataFrame(beside_timm(measured), columns=[*place, "ratio"]).groupby(place)["ratio"]
     lines = [
         {
-            **dict(zip(("model", "device", "task"), place, strict=True)),
+            **dict(zip(place, of, strict=True)),
             "settings": Number(len(values)),
             "slowest setting": Number(min(values), 2),
             "fastest setting": Number(max(values), 2),
         }
-        for place, values in sorted(ratios.items())
+        for of, values in ratios
     ]
     return markdown(lines)
 

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
@@ -11,8 +10,8 @@ from scipy.stats import binom
 from metaformer.analysis.cells import NOT_MEASURED, Measurement, Number, Range, Row, Table, Verdict, rounded, spread
 from metaformer.analysis.contestants import BEST, EXPORTED, OURS, PRECISIONS, TASKS
 from metaformer.analysis.measured import Measured
-from metaformer.analysis.paper import built_rows, paper
-from metaformer.records import Benchmark, Cell, Contestant, Entry, Parity, Spread
+from metaformer.analysis.paper import BUILT, captions, paper, rows_of, table_of
+from metaformer.records import Benchmark, Cell, Contestant, Entry, Loading, Parity, Spread
 from metaformer.variants import POOLFORMERS
 
 COLUMNS = (*(f"{library}, {mode}" for library in ("ours", "timm") for mode in ("eager", "compiled")), *EXPORTED)
@@ -22,7 +21,6 @@ COLUMNS = (*(f"{library}, {mode}" for library in ("ours", "timm") for mode in ("
 class Timing(NamedTuple):
     """A contestant in a cell of a benchmark."""
 
-    record: Benchmark
     cell: Cell
     contestant: Contestant
 
@@ -42,55 +40,39 @@ class Timing(NamedTuple):
         return Range(median(values), values[left_out], values[-1 - left_out], 1)
 
     @property
-    def saved(self) -> Number | None:
-        """Megabytes per image that autograd keeps from forward to backward."""
-        saved = self.contestant.saved_bytes_per_image
-        return None if saved is None else Number(saved / 1e6, 1)
-
-    @property
     def layout(self) -> str:
         return self.contestant.memory_format.replace("_", "-")
 
-    @property
-    def column(self) -> str:
-        """The contestant's column in the table of who is fastest."""
-        return column_of(self.contestant)
-
     def times_timm(self, runtime: str) -> Range | None:
         """The speed over that of timm's class in the same round and layout."""
-        timm = find(self.cell, "timm", runtime, self.contestant.memory_format)
-        if timm is None:
-            return None
-        return spread([theirs / ours for theirs, ours in zip(timm.seconds, self.contestant.seconds, strict=True)], 2)
-
-    def place(self) -> Row:
-        return {**place(self.record, self.cell), "layout": self.layout}
+        entry = ("timm", runtime, self.contestant.memory_format)
+        for timm in self.cell.contestants:
+            if (timm.form, timm.runtime, timm.memory_format) == entry:
+                pairs = zip(timm.seconds, self.contestant.seconds, strict=True)
+                return spread([theirs / ours for theirs, ours in pairs], 2)
+        return None
 
     def figures(self) -> Row:
         full, own_size = paper()["table2"]["data"], self.cell.size == (224, 224)
         hours = full["train_images"] * full["epochs"] / median(self.images_per_s) / 3600
-        floor, peak, of = self.cell.floor.seconds, self.contestant.peak_bytes, self.contestant
+        of, saved, peak = self.contestant, self.contestant.saved_bytes_per_image, self.contestant.peak_bytes
         return {
+            "layout": self.layout,
             "task": self.cell.task,
             "form": of.form if of.runtime == "eager" else f"{of.form}, {of.runtime}",
             "images/s per device": Measurement(spread(self.images_per_s, 1)),
             "times timm": self.times_timm("eager"),
             "times timm, compiled": self.times_timm("compiled"),
-            "saved, MB per image": self.saved,
+            "saved, MB per image": None if saved is None else Number(saved / 1e6, 1),
             "peak, MB": None if peak is None else Number(peak / 1e6),
-            "of the floor's speed": Number(100 * floor / median(of.seconds), unit="%"),
+            "of the floor's speed": Number(100 * self.cell.floor.seconds / median(of.seconds), unit="%"),
             "device-hours": Number(hours) if self.cell.task == "training" and own_size else None,
         }
 
 
-def timings(record: Benchmark) -> Iterator[Timing]:
-    """Every contestant in every cell of a benchmark."""
-    yield from (Timing(record, cell, contestant) for cell in record.cells for contestant in cell.contestants)
-
-
-def find(cell: Cell, form: str, runtime: str, memory_format: str) -> Contestant | None:
-    entry = form, runtime, memory_format
-    return next((c for c in cell.contestants if (c.form, c.runtime, c.memory_format) == entry), None)
+def timings(*cells: Cell) -> list[Timing]:
+    """Every contestant in every cell."""
+    return [Timing(cell, contestant) for cell in cells for contestant in cell.contestants]
 
 
 def place(record: Benchmark, cell: Cell) -> Row:
@@ -105,9 +87,9 @@ def place(record: Benchmark, cell: Cell) -> Row:
 def speed(measured: Measured) -> Table:
     benchmarks = measured.records["benchmark"]
     rows = [
-        {**timing.place(), **timing.figures(), "measured": record.date[:10]}
+        {**place(record, timing.cell), **timing.figures(), "measured": record.date[:10]}
         for record in benchmarks
-        for timing in timings(record)
+        for timing in timings(*record.cells)
     ]
     found = {row["model"] for row in rows}
     rows += [
@@ -115,21 +97,14 @@ def speed(measured: Measured) -> Table:
         for model in POOLFORMERS
         if model not in found
     ]
-    notes = [
-        "Values are medians over all rounds (minimum to maximum). 'times timm' is the speed divided by that of timm's "
-        "class, eager or compiled, in the same round and layout.",
-        "A training step is forward, loss and backward, without the optimizer. 'saved' is the memory that autograd "
-        "keeps from forward to backward. metaformer/analysis/benchmark.py defines the floor.",
-        "'device-hours' is the time that 300 epochs of ImageNet-1K, the paper's training, would take with such steps.",
-    ]
-    return Table("speed", "Speed and memory of the forms of a model, in benchmarks on one device", rows, notes)
+    return table_of("speed", rows)
 
 
 def fastest(measured: Measured) -> Table:
     """The fastest form and layout of every library and runtime in each cell, and who is the fastest of all."""
     records = measured.records["benchmark"]
     rows = [
-        {**place(record, cell), "task": cell.task, **compared(record, cell), "measured": record.date[:10]}
+        {**place(record, cell), "task": cell.task, **compared(cell), "measured": record.date[:10]}
         for record in records
         for cell in record.cells
     ]
@@ -142,19 +117,13 @@ def fastest(measured: Measured) -> Table:
         for task in TASKS
         if (device, precision, task) not in found
     ]
-    notes = [
-        "images/s of the fastest form and layout of each column: median over rounds in which all contestants of the "
-        "row took turns (95 % interval of the median, or the extremes of fewer than 6 rounds).",
-        "A column is the fastest if its interval lies above those of all others. Otherwise those that reach into the "
-        "interval of the highest median tie. onnxruntime and openvino run the ONNX files of ours and of timm's class.",
-    ]
-    return Table("fastest", "The fastest implementation in every measured setting", rows, notes)
+    return table_of("fastest", rows)
 
 
-def compared(record: Benchmark, cell: Cell) -> Row:
+def compared(cell: Cell) -> Row:
     """The row of a cell in :func:`fastest`."""
-    entered = [Timing(record, cell, contestant) for contestant in cell.contestants]
-    best = {timing.column: timing for timing in sorted(entered, key=lambda timing: timing.interval)}
+    entered = sorted(timings(cell), key=lambda timing: timing.interval)
+    best = {column_of(timing.contestant): timing for timing in entered}
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for absent in cell.absent:
         reasons[column_of(absent)][absent.reason] = None
@@ -179,7 +148,7 @@ def column_of(entry: Entry) -> str:
 def beside_timm(measured: Measured) -> Iterator[tuple[str, str, str, float]]:
     """Model, device, task and speed over timm's, of our fastest form beside timm's class in one runtime and layout."""
     for record in measured.records["benchmark"]:
-        for timing in timings(record):
+        for timing in timings(*record.cells):
             task, runtime = timing.cell.task, timing.contestant.runtime
             ratio = timing.times_timm(runtime)
             if timing.contestant.form == BEST[task] and ratio:
@@ -189,76 +158,64 @@ def beside_timm(measured: Measured) -> Iterator[tuple[str, str, str, float]]:
 
 def cost(measured: Measured) -> Table:
     rows, totals = [], []
-    for table, group in groupby(built_rows(), key=lambda place: place[0]):
+    for table in BUILT:
         data = paper()[table]["data"]
         images = data["iterations"] * data["batch"] if table == "table4" else data["train_images"] * data["epochs"]
-        names, hours = set(), defaultdict(dict)  # hours: device to name of the row to device-hours
-        for _, row in group:
-            if row.get("mixer", "pooling") != "pooling":
-                continue  # a baseline that this repository does not train
-            name = row.get("variant") or row.get("model") or f"{row['head']} {row['backbone']}"
-            names.add(name)
+        trained = {  # Table 2 has baselines that this repository does not train
+            row.get("variant") or row.get("model") or f"{row['head']} {row['backbone']}": row["build"]
+            for row in rows_of(table)
+            if row.get("mixer", "pooling") == "pooling"
+        }
+        hours = defaultdict(dict)  # device to name of the row to device-hours
+        for name, build in trained.items():
             cells = {"table": table, "row": name, "images in a full run": Number(images)}
-            for record in measured.of_model("training", row["build"]) or [None]:
-                speed = record and record.images_per_s / record.devices
-                if record:
-                    hours[record.hardware.device][name] = rounded(images / speed / 3600, 0)
-                rows.append(
-                    {
-                        **cells,
-                        "images/s per device": Measurement(speed and Number(speed, 1), NOT_MEASURED),
-                        "device": record and record.hardware.device,
-                        "device-hours": speed and Number(images / speed / 3600),
-                        "measured": record and record.date[:10],
-                    }
-                )
+            found = measured.of_model("training", build)
+            for record in found:
+                speed, device = record.images_per_s / record.devices, record.hardware.device
+                hours[device][name] = rounded(images / speed / 3600, 0)
+                measurement = {"images/s per device": Measurement(Number(speed, 1)), "device": device}
+                measurement |= {"device-hours": Number(hours[device][name]), "measured": record.date[:10]}
+                rows.append(cells | measurement)
+            if not found:
+                rows.append({**cells, "images/s per device": Measurement(None, NOT_MEASURED)})
         whole = [
-            f"{Number(sum(of.values()))} device-hours on {device}" for device, of in hours.items() if of.keys() == names
+            f"{Number(sum(of.values()))} device-hours on {device}"
+            for device, of in hours.items()
+            if of.keys() == trained.keys()
         ]
         done = set().union(*hours.values())
-        totals.append(f"All of {table}: {'; '.join(whole) or f'{len(done)} of its {len(names)} rows are measured'}.")
-    notes = [
-        "A full run is the paper's: 300 epochs of ImageNet-1K, 12 epochs of COCO, or 40,000 iterations of 32 pictures "
-        "of ADE20K.",
-        "Speeds come from the training runs in analysis/results/ and do not include validation.",
-        *totals,
-    ]
-    return Table("cost", "Cost of the paper's runs, from measured training speeds", rows, notes)
+        totals.append(f"All of {table}: {'; '.join(whole) or f'{len(done)} of its {len(trained)} rows are measured'}.")
+    return table_of("cost", rows, *totals)
 
 
 def loader(measured: Measured) -> Table:
-    rows = [
+    records = measured.records["loader"]
+    notes = [
+        f'Milliseconds of a picture in each stage of the loader "pillow", in one process, {record.date[:10]}: '
+        + ", ".join(f"{stage} {Number(of.median, 2)}" for stage, of in record.split_ms.items())
+        for record in records
+        if record.split_ms
+    ]
+    return table_of("loader", [row for record in records for row in loader_rows(record)], *notes)
+
+
+def loader_rows(record: Loading) -> list[Row]:
+    data, consume = record.data, record.consume_images_per_s
+    return [
         {
             "decoder": name,
-            "pictures": f"{Number(record.data.mean_width)} x {Number(record.data.mean_height)}, "
-            f"{Number(record.data.mean_bytes / 1000)} kB on average, to {record.settings.img_size} px",
+            "pictures": f"{Number(data.mean_width)} x {Number(data.mean_height)}, {Number(data.mean_bytes / 1000)} kB "
+            f"on average, to {record.settings.img_size} px",
             "processor": record.hardware.processor,
             "workers": Number(record.workers),
             "decoding alone, images/s": measured_range(of.decode_images_per_s, 0),
             "whole loader, images/s per worker": measured_range(of.loader_images_per_s_per_worker, 0),
             "times Pillow": of.loader_relative_to_pillow and measured_range(of.loader_relative_to_pillow, 2),
-            "workers for": f"{record.consume_images_per_s:,g} images/s: {of.workers_needed}"
-            if record.consume_images_per_s
-            else None,
+            "workers for": f"{consume:,g} images/s: {of.workers_needed}" if consume else None,
             "measured": record.date[:10],
         }
-        for record in measured.records["loader"]
         for name, of in record.decoders.items()
     ]
-    notes = [
-        "Images/s of the training loader with the paper's augmentation, on JPEGs in the file cache: median over rounds "
-        '(minimum to maximum). Training has the loader of the rows "pillow", and analysis/loader.py measures it alone. '
-        "The other rows were measured once, by programs in the commits that their records name.",
-        "speed.md and the run.json of a run give the images/s that a GPU takes. `analysis/loader.py --consume` "
-        "computes the number of workers for them.",
-    ]
-    notes += [
-        f'Milliseconds of a picture in each stage of the loader "pillow", in one process, {record.date[:10]}: '
-        + ", ".join(f"{stage} {Number(of.median, 2)}" for stage, of in record.split_ms.items())
-        for record in measured.records["loader"]
-        if record.split_ms
-    ]
-    return Table("loader", "What the training loader delivers", rows, notes)
 
 
 def measured_range(of: Spread, digits: int) -> Range:
@@ -267,20 +224,10 @@ def measured_range(of: Spread, digits: int) -> Range:
 
 def parity(measured: Measured) -> Table:
     """The latest comparison."""
-    notes = ["Not compared yet: analysis/parity.py compares."]
-    for record in measured.records["parity"][-1:]:
-        state = " with local changes" if record.official.uncommitted_changes else ""
-        notes = [
-            f"{record.date[:10]}, {record.hardware.processor}, timm {record.versions['timm']}; official code: commit "
-            f"{record.official.commit}{state}, as imported by analysis/parity.py.",
-            "Models: float64, random weights, 2 images of 224 pixels. The difference of a tensor is relative to the "
-            "official one's norm, or to a thousandth of the largest norm; that of the worst tensor is shown.",
-            f"Recipe: {record.pictures} pictures, all ten models. Pixels come from the same random numbers.",
-            "Training: official train_one_epoch beside our step, PoolFormer-S12 at 64 pixels through a schedule of 20 "
-            "epochs, each from the same uint8 pictures and random numbers: mixing, erasing, model, loss and AdamW.",
-        ]
-    rows = [row for record in measured.records["parity"][-1:] for row in parity_rows(record)]
-    return Table("parity", "Difference from the official code", rows or [{"part": None}], notes)
+    records = measured.records["parity"][-1:]
+    rows = [row for record in records for row in parity_rows(record)] or [{"part": None}]
+    notes = [note.format(record) for record in records for note in captions()["tables"]["parity"]["compared"]]
+    return table_of("parity", rows, *(notes or ["Not compared yet: analysis/parity.py compares."]))
 
 
 def parity_rows(record: Parity) -> list[Row]:
@@ -303,12 +250,7 @@ def parity_rows(record: Parity) -> list[Row]:
         }
         for part, what, difference, tolerance in found
     ]
-    return rows + [
-        {
-            "part": "departure",
-            "compared": of.what,
-            "largest difference": of.effect,
-            "verdict": Verdict("explained", of.reason),
-        }
-        for of in record.departures
-    ]
+    for of in record.departures:
+        verdict = Verdict("explained", of.reason)
+        rows.append({"part": "departure", "compared": of.what, "largest difference": of.effect, "verdict": verdict})
+    return rows

@@ -28,20 +28,20 @@ def paper_top1() -> dict[str, Decimal]:
 
 def study_row(name: str, row: str, results: Results) -> Row:
     printed = paper_top1()
+    top1 = printed.get(row)
     runs = results.runs[results.runs["row"] == row]
-    own, difference, paired = results.estimate({row: 1}), None, None
+    own, in_paper, difference, paired = results.estimate({row: 1}), None, None, None
     if row != "baseline":
         versus = {row: 1, "baseline": -1}
         difference, paired = results.estimate(versus), results.paired(versus)
+        in_paper = top1 and Number(top1 - printed["baseline"], 1, signed=True)
     diverged = runs["diverged"].sum()
     return {
         "study": name,
         "row": row,
         "variant": LABELS[row],
-        "top-1 in the paper, %": Number(printed[row], 1) if row in printed else None,
-        "difference in the paper": Number(printed[row] - printed["baseline"], 1, signed=True)
-        if row in printed and row != "baseline"
-        else None,
+        "top-1 in the paper, %": top1 and Number(top1, 1),
+        "difference in the paper": in_paper,
         "runs": f"{len(runs)}, {diverged} diverged" if diverged else Number(len(runs)),
         "top-1 in the study, %": Measurement(
             Mean(mean(runs["top1"]), own and own.high - own.value) if len(runs) else None

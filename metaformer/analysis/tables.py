@@ -6,7 +6,7 @@ from typing import Any
 
 from metaformer.analysis.cells import Number, Pair, Row, Table, Verdict, as_printed, rounded, spread
 from metaformer.analysis.count import cached_count
-from metaformer.analysis.measured import Measured, metric
+from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import ROOT, UNITS, captions, compare, counted_value, explained, paper, rows_of, table_of
 from metaformer.training.config import read_yaml
 from metaformer.variants import VARIANTS
@@ -46,11 +46,8 @@ def accuracy(table: str, row: Row, column: str, measured: Measured) -> Pair:
     """A printed accuracy beside the measured one, whose name in records paper.yaml gives as ``metrics``."""
     if column not in row:
         return Pair()
-    name = paper()[table]["metrics"][column]
-    scale = 100 if name.startswith("coco/") else 1
-    return Pair(
-        as_printed(row[column]), measured.accuracy(row.get("build"), metric(name, scale), row.get("epochs", 300))
-    )
+    here = measured.accuracy(row.get("build"), paper()[table]["metrics"][column], row.get("epochs", 300))
+    return Pair(as_printed(row[column]), here)
 
 
 def by_columns(table: str, measured: Measured) -> Table:

@@ -6,4 +6,4 @@ analysis/results/; ``statistics`` compares the runs of studies.
 
 from metaformer.records.importing import import_records, without_machine_paths
 from metaformer.records.schema import Classification, Evaluation, Parity, Record, Training, parse, read_record
-from metaformer.records.speed import Benchmark, Cell, Contestant, Entry, Spread
+from metaformer.records.speed import Benchmark, Cell, Contestant, Entry, Loading, Spread

@@ -50,10 +50,6 @@ class Evaluation(Provenance):
     checkpoint: Weights | None
     data: Data
 
-    @property
-    def images(self) -> int | None:
-        return self.data.images
-
 
 class Classification(Evaluation):
     kind: Literal["classification"]
@@ -62,22 +58,8 @@ class Classification(Evaluation):
     settings: Settings
     metrics: Top
 
-    @property
-    def images(self) -> int:
-        return self.metrics.images
 
-
-def of_coco(metrics: dict[str, float]) -> dict[str, float]:
-    for name, value in metrics.items():
-        if name.startswith("coco/") and "mAP" in name and not (0 <= value <= 1 or value == -1):
-            raise ValueError(f"{name} is {value}: it must be a fraction, or -1 without objects of that size")
-    return metrics
-
-
-def of_ade20k(metrics: dict[str, float]) -> dict[str, float]:
-    for name in ("aAcc", "mIoU", "mAcc"):
-        if not 0 <= metrics.get(name, 0) <= 100:
-            raise ValueError(f"{name} is {metrics[name]}: it must be a percentage")
+def in_percent(metrics: dict[str, float]) -> dict[str, float]:
     if 0 < metrics.get("aAcc", 0) <= 1:
         raise ValueError(f"aAcc is {metrics['aAcc']}: the metrics are percentages, and these seem to be fractions")
     return metrics
@@ -85,12 +67,13 @@ def of_ade20k(metrics: dict[str, float]) -> dict[str, float]:
 
 class Detection(Evaluation):
     kind: Literal["detection"]
-    metrics: Annotated[dict[str, float], AfterValidator(of_coco)]
+    metrics: dict[str, Annotated[float, Field(ge=-1, le=1)]]
+    """Fractions; mmdet writes -1 where there are no objects of a size."""
 
 
 class Segmentation(Evaluation):
     kind: Literal["segmentation"]
-    metrics: Annotated[dict[str, float], AfterValidator(of_ade20k)]
+    metrics: Annotated[dict[str, Percent], AfterValidator(in_percent)]
 
 
 # Training
@@ -187,6 +170,9 @@ class Faults(Provenance):
 class Clone(Part):
     commit: str | None
     uncommitted_changes: bool
+
+    def __str__(self) -> str:
+        return f"commit {self.commit}{' with local changes' if self.uncommitted_changes else ''}"
 
 
 class Compared(Part):
