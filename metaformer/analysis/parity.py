@@ -16,6 +16,7 @@ import torch
 import yaml
 from matplotlib.cbook import get_sample_data
 from PIL import Image
+from timm.data import is_img_extension
 from timm.data.mixup import rand_bbox
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -299,8 +300,7 @@ def pictures_in(folder: Path | None) -> list[Path]:
     if folder is None:
         images = Path(sklearn.datasets.__file__).parent / "images"
         return [images / "china.jpg", images / "flower.jpg", get_sample_data("grace_hopper.jpg", asfileobj=False)]
-    endings = {".png", ".jpg", ".jpeg", ".JPEG"}
-    if not (found := sorted(path for path in folder.rglob("*") if path.suffix in endings)):
+    if not (found := sorted(path for path in folder.rglob("*") if is_img_extension(path.suffix.lower()))):
         raise InputError(f"there are no pictures in {folder}: give a folder with JPEG or PNG files")
     return found
 
