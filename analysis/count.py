@@ -7,28 +7,25 @@ import argparse
 import json
 from typing import Any
 
+from tabulate import tabulate
+
 from metaformer.analysis.count import count
 from metaformer.errors import InputError, run_command
 
 
 def report(name: str, counted: dict[str, Any]) -> str:
-    macs = sum(counted["macs"].values())
-    height, width = counted["size"]
+    macs, (height, width) = sum(counted["macs"].values()), counted["size"]
     frozen = f" + {counted['frozen']:,} frozen" if counted["frozen"] else ""
-    lines = [
+    uncounted = ", ".join(f"{operator} x {times}" for operator, times in counted["uncounted"].items())
+    parts = [(part, of["macs"], of["parameters"]) for part, of in counted["parts"].items()]
+    blocks = [
         f"{name} at {height} x {width}",
-        f"  parameters  {counted['learnable']:>15,}{frozen}",
-        f"  MACs        {macs:>15,}  ({macs / 1e9:.2f} G)",
-        "",
-        f"  {'operator':<28} {'MACs':>15}",
-        *(f"  {operator:<28} {number:>15,}" for operator, number in counted["macs"].items()),
-        "",
-        f"  {'part':<28} {'MACs':>15} {'parameters':>13}",
-        *(f"  {part:<28} {of['macs']:>15,} {of['parameters']:>13,}" for part, of in counted["parts"].items()),
-        "",
-        "  not counted: " + (", ".join(f"{op} x {times}" for op, times in counted["uncounted"].items()) or "nothing"),
+        f"parameters: {counted['learnable']:,}{frozen}\nMACs: {macs:,} ({macs / 1e9:.2f} G)",
+        tabulate(counted["macs"].items(), ["operator", "MACs"], intfmt=","),
+        tabulate(parts, ["part", "MACs", "parameters"], intfmt=","),
+        f"not counted: {uncounted or 'nothing'}",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(blocks)
 
 
 def main() -> None:
