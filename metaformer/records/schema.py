@@ -67,7 +67,7 @@ def in_percent(metrics: dict[str, float]) -> dict[str, float]:
 
 class Detection(Evaluation):
     kind: Literal["detection"]
-    metrics: dict[str, Annotated[float, Field(ge=-1, le=1)]]
+    metrics: dict[str, Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]]
     """Fractions; mmdet writes -1 where there are no objects of a size."""
 
 
