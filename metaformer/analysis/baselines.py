@@ -2,7 +2,6 @@
 
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
@@ -96,8 +95,21 @@ class WindowMLP(SwinTransformerBlock):
 def swin_mixer(name: str, img_size: int | None = None, num_classes: int = 1000, **_: Any) -> nn.Module:
     """Swin-Mixer, Swin with :class:`WindowMLP` (arXiv 2103.14030, Table 10)."""
     side, arguments = SWIN_MIXERS[name]
-    with patch("timm.models.swin_transformer.SwinTransformerBlock", WindowMLP):
-        return SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
+    model = SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
+    for stage, heads in zip(model.layers, arguments["num_heads"], strict=True):
+        stage.blocks = nn.Sequential(
+            *(
+                WindowMLP(
+                    num_heads=heads,
+                    dim=block.dim,
+                    input_resolution=block.input_resolution,
+                    window_size=block.window_size,
+                    shift_size=block.shift_size,
+                )
+                for block in stage.blocks
+            )
+        )
+    return model
 
 
 for _name in (*SWIN_MIXERS, *PVT_LAYERS):
