@@ -22,8 +22,7 @@ from metaformer.model import MetaFormer, takes_map_size
 from metaformer.weights import fetch, named_for
 
 RELEASES = "https://github.com/sail-sg/poolformer/releases/download/v1.0"
-SMALL, MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
-S12 = {"depths": (2, 2, 6, 2), "dims": SMALL, "layer_scale_init": 1e-5}
+S12 = {"depths": (2, 2, 6, 2), "dims": (64, 128, 320, 512), "layer_scale_init": 1e-5}
 """Arguments of :class:`MetaFormer` that make PoolFormer-S12, the baseline of Table 5."""
 
 
@@ -51,27 +50,21 @@ class Variant(NamedTuple):
         return {**S12, **self.changes}
 
 
-def poolformer(size: str, depth: int, dims: tuple[int, ...], layer_scale_init: float, crop_pct: float) -> Variant:
-    """A model of Table 1: half of its blocks are in the third stage, a sixth in each of the others."""
-    depths = (depth // 6, depth // 6, depth // 2, depth // 6)
-    changes = {"depths": depths, "dims": dims, "layer_scale_init": layer_scale_init}
-    group, row = ("baseline", "baseline") if size == "s12" else ("PoolFormer", None)
-    return Variant(f"PoolFormer-{size.upper()}", group, changes, row, crop_pct, f"poolformer_{size}")
-
-
 def by_row(*variants: Variant) -> dict[str, Variant]:
     return {f"metaformer_s12_{variant.row}": variant for variant in variants}
 
 
+# Table 1. Half of the blocks are in the third stage, and a sixth in each of the others.
+S24 = {"depths": (4, 4, 12, 4)}
+S36 = {"depths": (6, 6, 18, 6), "layer_scale_init": 1e-6}
+M36 = {**S36, "dims": (96, 192, 384, 768)}
+M48 = {**M36, "depths": (8, 8, 24, 8)}
 POOLFORMERS = {
-    f"poolformer_{size}": poolformer(size, *settings)
-    for size, settings in {
-        "s12": (12, SMALL, 1e-5, 0.90),
-        "s24": (24, SMALL, 1e-5, 0.90),
-        "s36": (36, SMALL, 1e-6, 0.90),
-        "m36": (36, MEDIUM, 1e-6, 0.95),
-        "m48": (48, MEDIUM, 1e-6, 0.95),
-    }.items()
+    "poolformer_s12": Variant("PoolFormer-S12", "baseline", {}, "baseline", 0.90, "poolformer_s12"),
+    "poolformer_s24": Variant("PoolFormer-S24", "PoolFormer", S24, None, 0.90, "poolformer_s24"),
+    "poolformer_s36": Variant("PoolFormer-S36", "PoolFormer", S36, None, 0.90, "poolformer_s36"),
+    "poolformer_m36": Variant("PoolFormer-M36", "PoolFormer", M36, None, 0.95, "poolformer_m36"),
+    "poolformer_m48": Variant("PoolFormer-M48", "PoolFormer", M48, None, 0.95, "poolformer_m48"),
 }
 
 # Table 5. Every row keeps LayerScale because no row of the table is about it. Crops other than 0.90 are those of the
