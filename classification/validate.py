@@ -16,8 +16,8 @@ from metaformer import open_checkpoint
 from metaformer.errors import run_command
 from metaformer.provenance import write_json
 from metaformer.training.config import parse_overrides
+from metaformer.training.evaluation import default_record_path, validate
 from metaformer.training.model import settings_of
-from metaformer.training.validation import default_record_path, validate
 
 OF_THE_MODEL = ("model", "model_args", "img_size", "crop_pct", "interpolation", "mean", "std")
 

@@ -33,17 +33,13 @@ def provenance() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version(), **installed(), "cuda": torch.version.cuda},
-        "hardware": hardware(),
+        "hardware": {
+            "cpu": cpu_name(),
+            "cores": cores(),
+            "torch_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    return {
-        "cpu": cpu_name(),
-        "cores": cores(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
@@ -63,11 +59,7 @@ def installed() -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def git(*arguments: str) -> str | None:

@@ -54,7 +54,8 @@ def test_mixing_gives_the_values_of_fast_collate_mixup(mode):
 
 def test_a_step_mixes_then_normalises_then_erases_as_timms_prefetcher(pictures, tmp_path):
     settings = ["mixup=0.8", "smoothing=0.1", "erase_prob=0.5", "device_batch=8", "opt=sgd", "opt_betas=null"]
-    config = load_config([f"data_dir={pictures}", f"output={tmp_path}", *TINY, *settings], default=None)
+    (tmp_path / "empty.yaml").write_text("")
+    config = load_config([str(tmp_path / "empty.yaml"), f"data_dir={pictures}", f"output={tmp_path}", *TINY, *settings])
     trainer, seen = Trainer(config, Processes(CPU)), []
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     collate = FastCollateMixup(mixup_alpha=0.8, label_smoothing=0.1, num_classes=3)

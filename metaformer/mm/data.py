@@ -42,13 +42,10 @@ def first_sample(data: dict[str, Any]) -> Any:
 
 def check_there(paths: Iterable[str], listed_in: str) -> None:
     """Raise an ``InputError`` if a file is missing. Each folder is listed only once, as COCO has 118,000 pictures."""
-    names: dict[Path, set[str]] = {}
-    missing = []
-    for path in map(Path, paths):
-        if path.parent not in names:
-            names[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
-        if path.name not in names[path.parent]:
-            missing.append(path)
+    wanted = [Path(path) for path in paths]
+    folders = {path.parent for path in wanted}
+    there = {entry for folder in folders if folder.is_dir() for entry in folder.iterdir()}
+    missing = [path for path in wanted if path not in there]
     if missing:
         others = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         raise InputError(f"{listed_in} names {missing[0]}{others}, which {'are' if others else 'is'} not there")

@@ -5,7 +5,7 @@ depend on the number of loader processes or devices, and an interrupted run cont
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,22 +136,22 @@ def collate(samples: list) -> Batch:
 
 
 def checked(
-    batches: Iterator[Batch], num_classes: int, skip: Callable[[list[Unreadable]], None] | None = None
+    batches: Iterator[Batch], num_classes: int, skipped: list[Unreadable] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels, unless a label is out of range.
 
     Args:
-        skip: takes the pictures that are left out of a batch; without it an unreadable picture stops the run.
+        skipped: takes the pictures that are left out of a batch; without it an unreadable picture stops the run.
     """
     for images, labels, unreadable in batches:
-        if unreadable and skip is None:
+        if unreadable and skipped is None:
             name, reason = unreadable[0]
             raise InputError(
                 f"cannot use the picture {name} ({reason}): mend it, take it out, or leave out all such pictures with "
                 "bad_pictures=skip"
             )
         if unreadable:
-            skip(unreadable)
+            skipped.extend(unreadable)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             wrong = next(label for label in labels.tolist() if not 0 <= label < num_classes)
             raise InputError(f"the data have a label {wrong}, but num_classes is {num_classes}")

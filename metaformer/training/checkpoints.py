@@ -15,7 +15,6 @@ from metaformer.errors import InputError
 from metaformer.provenance import write_file, writing
 from metaformer.training.config import Config, check, read_yaml, save_config
 from metaformer.training.data import HASHES
-from metaformer.training.distributed import Processes
 from metaformer.weights import read_checkpoint
 
 MAY_CHANGE = {"output", "resume", "workers", "bad_pictures", "log_interval", "data_dir", "expected_top1"}
@@ -66,14 +65,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def open_folder(config: Config, processes: Processes) -> Path:
-    """Create or find the run's folder in the main process; all processes return its path.
+def open_folder(config: Config) -> Path:
+    """Create or find the run's folder.
 
     Raises:
         InputError: the folder contains a run with other settings or a run without ``resume``, or cannot be written.
     """
-    if not processes.is_main:
-        return processes.from_main(None)
     data_name = Path(config.dataset or config.data_dir or "").name
     # The launcher sets the time once for all processes and their restarts.
     stamp = os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -93,7 +90,7 @@ def open_folder(config: Config, processes: Processes) -> Path:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         save_config(config, path, comment)
-    return processes.from_main(folder)
+    return folder
 
 
 def check_same_settings(before: Config, now: Config, folder: Path) -> None:
@@ -121,45 +118,28 @@ def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any],
     return [f"warning: pictures have other names or sizes than when {folder} was last trained"] if changed else []
 
 
-class Checkpoints:
-    """The checkpoints in a run's folder, read and written by the main process only."""
+def load_last(folder: Path) -> dict[str, Any] | None:
+    """The state to continue from, if there is one.
 
-    def __init__(self, folder: Path, processes: Processes):
-        self.folder, self.processes = folder, processes
-        self.last, self.previous = folder / "last.pt", folder / "previous.pt"
+    If last.pt is damaged, previous.pt replaces it at once, so that the next save keeps the good one.
 
-    def load(self) -> dict[str, Any] | None:
-        """The state to continue from, if there is one; the main process sends it to the others.
+    Raises:
+        InputError: all checkpoints are damaged.
+    """
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    state = read_state(last)
+    if isinstance(state, str) and (state != "missing" or previous.exists()):
+        problem, state = state, read_state(previous)
+        if isinstance(state, str):
+            raise InputError(f"{last} is {problem} and {previous} is {state}: start again with another output=")
+        print(f"warning: {last} is {problem}: {previous} takes its place", file=sys.stderr)
+        with writing(last):
+            previous.replace(last)
+    return None if isinstance(state, str) else state
 
-        If last.pt is damaged, previous.pt replaces it at once, so that the next save keeps the good one.
 
-        Raises:
-            InputError: all checkpoints are damaged.
-        """
-        return self.processes.from_main(self._read() if self.processes.is_main else None)
-
-    def _read(self) -> dict[str, Any] | None:
-        state = read_state(self.last)
-        if isinstance(state, str) and (state != "missing" or self.previous.exists()):
-            problem, state = state, read_state(self.previous)
-            if isinstance(state, str):
-                raise InputError(
-                    f"{self.last} is {problem} and {self.previous} is {state}: start again with another output="
-                )
-            print(f"warning: {self.last} is {problem}: {self.previous} takes its place", file=sys.stderr)
-            with writing(self.last):
-                self.previous.replace(self.last)
-        return None if isinstance(state, str) else state
-
-    def save(self, state: dict[str, Any]) -> None:
-        self._write(self.last, state, keep=self.previous)
-
-    def save_best(self, weights: dict[str, Any]) -> None:
-        self._write(self.folder / "best.pt", weights)
-
-    def _write(self, path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
-        if self.processes.is_main:
-            write_file(path, lambda file: torch.save(content, file), keep)
+def save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    write_file(path, lambda file: torch.save(content, file), previous)
 
 
 def read_state(path: Path) -> dict[str, Any] | str:

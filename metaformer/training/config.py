@@ -121,7 +121,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _flags_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and not is_flag(info.field_name):
+        if isinstance(value, bool) and info.field_name not in FLAGS:
             raise ValueError("only flags are true or false")
         return value
 
@@ -181,12 +181,13 @@ GROUPS = {
 """The first setting of each group, and the group's heading."""
 TEXTS = {name for name, field in Config.model_fields.items() if field.annotation in (str, str | None)}
 """Settings that are text: what is given for them is not parsed, so that output=20261123 is a name."""
+FLAGS = {name for name, field in Config.model_fields.items() if field.annotation is bool}
 
 
 # Reading
 
 
-def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:
+def load_config(arguments: list[str]) -> Config:
     """``[CONFIG] [key=value | --key value | --key=value | --flag | --no-flag]...`` to a checked :class:`Config`.
 
     CONFIG is a YAML file, which may name one other as ``base``, or the folder of an earlier run, which then continues.
@@ -196,15 +197,14 @@ def load_config(arguments: list[str], default: Path | None = DEMO) -> Config:
     """
     arguments = list(arguments)
     values: dict[str, Any] = {}
-    path = default
+    path = DEMO
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         path = Path(arguments.pop(0))
         if os.path.isdir(path):
             values = {"output": str(path), "resume": True}
             path = path / "config.yaml"
-    if path is not None:
-        values = {**read_yaml(path), **values}
-    return check({**values, **parse_overrides(arguments)}, source="the command line and " + str(path))
+    values = {**read_yaml(path), **values, **parse_overrides(arguments)}
+    return check(values, source=f"the command line and {path}")
 
 
 def read_yaml(path: Path, may_have_base: bool = True) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         key = key.replace("-", "_")
         if not option and not equals:
             raise InputError(f"cannot read the argument {argument!r}: settings are given as key=value or --key value")
-        if not equals and is_flag(key.removeprefix("no_")):
+        if not equals and key.removeprefix("no_") in FLAGS:
             key, value = key.removeprefix("no_"), "false" if key.startswith("no_") else "true"
         check_key(key, "the command line")
         if not equals and not value:
@@ -270,10 +270,6 @@ def parse_value(key: str, text: str) -> Any:
         return yaml12.load(text)
     except Exception:  # as in read_yaml_mapping
         return text
-
-
-def is_flag(key: str) -> bool:
-    return key in Config.model_fields and Config.model_fields[key].annotation is bool
 
 
 def check_key(key: str, source: str) -> None:

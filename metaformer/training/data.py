@@ -22,7 +22,7 @@ HASHES = {"train_sha256", "val_sha256"}
 
 
 class Data(NamedTuple):
-    train: Dataset
+    train: Dataset | None
     val: Dataset
     num_classes: int
     class_names: list[str] | None
@@ -33,33 +33,22 @@ class Data(NamedTuple):
         return {name: self.summary[name] for name in sorted(HASHES)}
 
 
-def load_data(config: Config, workers: int) -> Data:
-    """Open both splits and check that they fit together.
+def load_data(config: Config, workers: int, training: bool = True) -> Data:
+    """Open both splits and check that they fit together, or open the validation split alone.
 
     Raises:
         InputError: folder missing or empty, class folders that differ, number of classes unknown or contradicted.
     """
-    train = open_split(config, config.train_split, workers, is_training=True)
+    train = open_split(config, config.train_split, workers, is_training=True) if training else None
     val = open_split(config, config.val_split, workers)
-    names = class_names(train)
-    check_same_classes(config, names, class_names(val))
+    names = class_names(val)
+    if training:
+        check_same_classes(config, class_names(train), names)
     num_classes = count_classes(config, names)
-    summary = {**summary_of(config, num_classes), "train_images": count(train), "val_images": count(val)}
-    summary |= {"train_sha256": fingerprint(train), "val_sha256": fingerprint(val)}
+    summary = {"dataset": config.dataset or "folder", "data_dir": config.data_dir, "classes": num_classes}
+    for split, dataset in [("train", train), ("val", val)] if training else [("val", val)]:
+        summary |= {f"{split}_images": count(dataset), f"{split}_sha256": fingerprint(dataset)}
     return Data(train, val, num_classes, names, summary)
-
-
-def load_validation(config: Config, workers: int) -> tuple[Dataset, int, dict[str, Any]]:
-    """The validation split alone, its number of classes and a summary.
-
-    Raises:
-        InputError: as :func:`load_data`.
-    """
-    dataset = open_split(config, config.val_split, workers)
-    names = class_names(dataset)
-    num_classes = count_classes(config, names)
-    summary = {**summary_of(config, num_classes), "val_images": count(dataset), "val_sha256": fingerprint(dataset)}
-    return dataset, num_classes, summary
 
 
 def count(dataset: Dataset) -> int:
@@ -75,10 +64,6 @@ def count_classes(config: Config, names: list[str] | None) -> int:
     if config.num_classes not in (None, len(names)):
         raise InputError(f"num_classes is {config.num_classes}, but {config.data_dir} has {len(names)} classes")
     return len(names)
-
-
-def summary_of(config: Config, num_classes: int) -> dict[str, Any]:
-    return {"dataset": config.dataset or "folder", "data_dir": config.data_dir, "classes": num_classes}
 
 
 def open_split(config: Config, split: str, workers: int, is_training: bool = False) -> Dataset:
@@ -133,17 +118,20 @@ def check_same_classes(config: Config, train: list[str] | None, val: list[str] |
         return
     if not train or not val:
         raise InputError(f"only one of the splits {config.train_split!r} and {config.val_split!r} tells its classes")
-    differences = [
-        f"only in {split}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for split, names in [
-            (config.train_split, sorted(set(train) - set(val))),
-            (config.val_split, sorted(set(val) - set(train))),
-        ]
-        if names
-    ]
+    differences = class_differences({config.train_split: train, config.val_split: val})
     raise InputError(
-        f"the classes of {config.data_dir} differ between its splits ({'; '.join(differences)}), "
-        "so that their labels would not agree: give both the same class folders"
+        f"the classes of {config.data_dir} differ between its splits ({differences}), so that their labels would not "
+        "agree: give both the same class folders"
+    )
+
+
+def class_differences(names: dict[str, list[str]]) -> str:
+    """A phrase with the first class names that only one of two lists has; the keys say where the lists are from."""
+    (one, first), (two, second) = names.items()
+    only = {one: sorted(set(first) - set(second)), two: sorted(set(second) - set(first))}
+    return "; ".join(
+        f"only in {place}: {', '.join(each[:3]) or 'none'}{', ...' if len(each) > 3 else ''}"
+        for place, each in only.items()
     )
 
 

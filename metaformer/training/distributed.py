@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -50,10 +51,7 @@ class Processes:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes, on the CPU in float64."""
-        values = values.detach().to("cpu", torch.float64)
-        if self.world > 1:
-            dist.all_reduce(values, group=self.control)
-        return values
+        return torch.stack(self.gather(values.detach().to("cpu", torch.float64))).sum(0)
 
     def gather(self, value: object) -> list:
         """The values of all processes."""
@@ -62,9 +60,9 @@ class Processes:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_main(self, value: Any) -> Any:
-        """The main process's value."""
-        values = [value]
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns in the main process; the others do not call it."""
+        values = [make() if self.is_main else None]
         if self.world > 1:
             dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]

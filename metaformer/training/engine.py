@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from itertools import chain, islice, repeat
 from typing import Any
@@ -16,22 +16,14 @@ from torch.utils.data import IterableDataset
 
 from metaformer.errors import InputError
 from metaformer.provenance import provenance
-from metaformer.training.batches import TrainBatches, Unreadable, checked, seed_everything
-from metaformer.training.checkpoints import MAY_CHANGE, Checkpoints, Progress, check_same_run, open_folder
+from metaformer.training import checkpoints, recipe
+from metaformer.training.batches import TrainBatches, checked, seed_everything
 from metaformer.training.config import Config
 from metaformer.training.data import load_data
 from metaformer.training.distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.training.evaluation import evaluate
 from metaformer.training.loader import naming_killed_loaders, shut_down, train_loader, val_loader
 from metaformer.training.model import autocast, build_model, normaliser, precision_on, released_weights, with_input_of
-from metaformer.training.recipe import (
-    build_erasing,
-    build_mixing,
-    build_optimizer,
-    build_scheduler,
-    mixes,
-    split_batch,
-)
 from metaformer.training.runlog import RunLog
 
 
@@ -65,7 +57,7 @@ class Trainer:
         self.processes, self.device = processes, processes.device
         workers = processes.default_workers() if config.workers is None else config.workers
         self.data = load_data(config, workers)
-        self.progress = Progress(starts=[{**provenance(), **self.data.hashes}])
+        self.progress = checkpoints.Progress(starts=[{**provenance(), **self.data.hashes}])
         seed_everything(config.seed)
         self.model = model = build_model(config, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
@@ -79,8 +71,9 @@ class Trainer:
         self.cast = autocast(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
 
-        even = mixes(config)
-        self.device_batch, self.passes = split_batch(config.global_batch, config.device_batch, processes.world, even)
+        self.device_batch, self.passes = recipe.split_batch(
+            config.global_batch, config.device_batch, processes.world, even=recipe.mixes(config)
+        )
         images = self.data.summary["train_images"]
         if images < config.global_batch:
             raise InputError(
@@ -94,26 +87,27 @@ class Trainer:
         self.train_loader = train_loader(config, self.data.train, self.batches, processes, workers)
         self.val_loader = val_loader(config, self.data.val, processes, workers)
         self.normalise = normaliser(config, self.device)
-        self.erase, self.mix = build_erasing(config, self.device), build_mixing(config, self.data.num_classes)
+        self.erase = recipe.build_erasing(config, self.device)
+        self.mix = recipe.build_mixing(config, self.data.num_classes)
         self.lr = config.lr if config.lr is not None else config.base_lr * config.global_batch / 1024
-        self.optimizer = build_optimizer(config, model, self.lr)
-        self.scheduler, self.epochs = build_scheduler(config, self.optimizer, self.steps)
+        self.optimizer = recipe.build_optimizer(config, model, self.lr)
+        self.scheduler, self.epochs = recipe.build_scheduler(config, self.optimizer, self.steps)
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         self.parallel = processes.parallel(model)
 
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the passes of this epoch
         self.bad_step = torch.full((), -1, device=self.device)  # the first of the epoch with a non-finite loss
-        self.unreadable: list[tuple[str, Unreadable]] = []  # split and picture, since the processes last met
+        # Since the processes last met. None: nothing is skipped.
+        self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
-        self.output = open_folder(config, processes)
-        self.checkpoints = Checkpoints(self.output, processes)
+        self.output = processes.from_main(lambda: checkpoints.open_folder(config))
         self.log = RunLog(self.output, self.facts(), self.epochs, self.steps, processes.is_main)
-        if state := self.checkpoints.load():
+        if state := processes.from_main(lambda: checkpoints.load_last(self.output)):
             self.load(state)
 
     def check_same_start(self) -> None:
         """Refuse processes on several machines whose settings or data differ."""
-        settings = self.config.model_dump(mode="json", exclude=MAY_CHANGE)
+        settings = self.config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE)
         self.processes.check_same({**settings, **self.data_facts()})
 
     def data_facts(self) -> dict[str, Any]:
@@ -149,7 +143,7 @@ class Trainer:
         return weights
 
     def load(self, state: dict[str, Any]) -> None:
-        for warning in check_same_run(state, self.config, self.data_facts(), self.output):
+        for warning in checkpoints.check_same_run(state, self.config, self.data_facts(), self.output):
             self.log.say(warning)
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
@@ -163,15 +157,17 @@ class Trainer:
     def save(self) -> None:
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             self.diverge(f"a weight was not finite at epoch {self.progress.epoch + 1}, step {self.progress.step}")
-        self.checkpoints.save(self.state())
+        if self.processes.is_main:
+            checkpoints.save(self.state(), self.output / "last.pt", previous=self.output / "previous.pt")
 
     # Loop
 
     def run(self) -> int:
         """Train to the end; returns the exit status, 128 + the signal's number if one stopped the run."""
         self.log.plan(self.progress, precision_on(self.config, self.device))
-        if self.progress.epoch >= self.epochs:
-            self.finish_again()
+        if self.progress.epoch == self.epochs and checkpoints.read_run(self.output).get("status") == "finished":
+            self.log.say(f"{self.output} is finished")
+            self.log.result(self.progress)
             return 0
         with self.stop:
             self.log.open(self.progress)
@@ -209,14 +205,6 @@ class Trainer:
             return 128 + self.stop.received
         return 0
 
-    def finish_again(self) -> None:
-        """Write the final record of a run that was killed after its last checkpoint."""
-        self.log.say(f"{self.output} is finished")
-        if not self.log.is_finished():
-            self.log.metrics(self.progress.history)
-            self.log.record("finished", self.progress)
-        self.log.result(self.progress)
-
     def train_epoch(self) -> None:
         """The rest of this epoch, from the step where it stands."""
         progress = self.progress
@@ -248,7 +236,7 @@ class Trainer:
         is_stream = isinstance(self.data.train, IterableDataset)
         if is_stream:
             self.data.train.set_epoch(self.progress.epoch)
-        batches = checked(iter(self.train_loader), self.data.num_classes, self.skip_in("training"))
+        batches = checked(iter(self.train_loader), self.data.num_classes, self.skipped["training"])
         # A stream cannot start in the middle: what has been used is read again.
         return islice(batches, self.progress.step * self.passes, None) if is_stream else batches
 
@@ -263,7 +251,7 @@ class Trainer:
             if not len(labels):
                 raise InputError(
                     f"of the pictures of a pass in epoch {epoch + 1}, step {step + 1}, too few can be read: "
-                    f"the last was {self.unreadable[-1][1].name}; mend them or take them out"
+                    f"the last was {self.skipped['training'][-1].name}; mend them or take them out"
                 )
             seed_everything(self.config.seed, epoch, step, turn * self.processes.world + self.processes.rank)
             images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
@@ -294,8 +282,9 @@ class Trainer:
         model = self.ema.module if self.ema else self.model
         if self.processes.world > 1:  # each process has seen other batches; the main process's statistics are saved
             distribute_bn(model, self.processes.world)
-        skip = self.skip_in("validation")
-        return evaluate(model, self.val_loader, self.normalise, self.cast, self.processes, self.interruptible, skip)
+        return evaluate(
+            model, self.val_loader, self.config, self.processes, self.interruptible, self.skipped["validation"]
+        )
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         progress = self.progress
@@ -317,8 +306,8 @@ class Trainer:
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.loss_sum.zero_()
         self.log.validation(row)
-        if is_best:
-            self.checkpoints.save_best(self.weights())
+        if is_best and self.processes.is_main:
+            checkpoints.save(self.weights(), self.output / "best.pt")
         self.save()
         self.log.metrics(progress.history)
         self.log.record("running", progress)
@@ -352,26 +341,21 @@ class Trainer:
             self.diverge(f"the loss was not finite at epoch {self.progress.epoch + 1}, step {bad_step + 1}")
 
     def gather_skipped(self) -> None:
-        """Name the pictures that any process has skipped, each once in a run."""
-        if self.config.bad_pictures == "stop":
-            return
-        for split, (name, reason) in chain.from_iterable(self.processes.gather(self.unreadable)):
-            if name not in self.progress.skipped[split]:
-                self.progress.skipped[split].append(name)
-                self.log.say(f"skipped the {split} picture {name} ({reason})")
-        self.unreadable = []
+        """Name the pictures that any process has skipped, each once in a run.
 
-    def skip_in(self, split: str) -> Callable[[list[Unreadable]], None] | None:
-        """What notes the pictures that are skipped, if they are to be skipped.
-
-        The loss of a pass is then the mean over the pictures left, and every pass still counts the same.
+        The loss of a pass is the mean over the pictures left in it, and every pass still counts the same.
         """
         if self.config.bad_pictures == "stop":
-            return None
-        return lambda unreadable: self.unreadable.extend((split, picture) for picture in unreadable)
+            return
+        for split, names in self.progress.skipped.items():
+            for name, reason in chain.from_iterable(self.processes.gather(self.skipped[split])):
+                if name not in names:
+                    names.append(name)
+                    self.log.say(f"skipped the {split} picture {name} ({reason})")
+            self.skipped[split].clear()
 
     def diverge(self, problem: str) -> None:
-        last = self.checkpoints.last
+        last = self.output / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there was no checkpoint yet"
         raise Diverged(f"{problem}; {kept}; try a lower lr=, clip_grad=1 or precision=float32")
 

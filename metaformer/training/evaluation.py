@@ -1,46 +1,58 @@
-"""Top-1, top-5 and cross-entropy of a model over a validation loader."""
+"""Top-1, top-5 and cross-entropy of a model on a validation split, and a record of them with its provenance."""
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from metaformer.errors import InputError
+from metaformer.provenance import provenance, sha256
 from metaformer.training.batches import Unreadable, checked
-from metaformer.training.distributed import Processes
+from metaformer.training.config import Config
+from metaformer.training.data import load_data
+from metaformer.training.distributed import Processes, join
+from metaformer.training.loader import naming_killed_loaders, shut_down, val_loader
+from metaformer.training.model import autocast, class_order, normaliser, precision_on
+from metaformer.weights import Opened
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
-    normalise: Callable[[Tensor], Tensor],
-    cast: AbstractContextManager,
+    config: Config,
     processes: Processes,
-    progress: Callable[[Iterable], Iterable] = iter,
-    skip: Callable[[list[Unreadable]], None] | None = None,
+    progress: Callable[[Iterable], Iterable],
+    skipped: list[Unreadable] | None,
+    order: list[int] | None = None,
 ) -> dict[str, float]:
     """top1 and top5 in percent, mean cross-entropy ``loss``, ``images`` and ``images_per_s``, over all processes.
 
-    ``skip`` as in :func:`data.checked`; the pictures left out count nowhere.
+    Args:
+        skipped: as in :func:`batches.checked`; the pictures left out count nowhere.
+        order: for each class of the data its index among the logits, if their order is another.
 
     Raises:
-        InputError: a picture or label that :func:`data.checked` refuses, or no picture that can be read.
+        InputError: a picture or label that :func:`batches.checked` refuses, or no picture that can be read.
     """
     model.eval()
+    normalise, cast = normaliser(config, processes.device), autocast(config, processes.device)
     start = time.perf_counter()
     totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images
-    for images, labels in progress(checked(iter(loader), model.num_classes, skip)):
+    for images, labels in progress(checked(iter(loader), model.num_classes, skipped)):
         if not len(labels):  # all of the batch was skipped
             continue
         labels = labels.to(processes.device, non_blocking=True)
         with cast:
             logits = model(normalise(images))
-        logits = logits.float()
+        logits = logits.float() if order is None else logits.float()[:, order]
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)])
@@ -55,3 +67,62 @@ def evaluate(
         "images": int(images),
         "images_per_s": images / seconds,
     }
+
+
+def validate(
+    opened: Opened, config: Config, progress: Callable[..., Iterable]
+) -> tuple[dict[str, Any], list[Unreadable]] | None:
+    """Evaluate a model on the validation split of ``config``, whose classes may be in another order.
+
+    Args:
+        progress: called as ``tqdm`` with the batches and their number ``total``.
+
+    Returns:
+        The record and the skipped pictures in the main process, ``None`` in the others.
+
+    Raises:
+        InputError: the data cannot be opened or have other classes, or a picture cannot be read.
+    """
+    processes, model = join(), opened.model
+    workers = processes.default_workers() if config.workers is None else config.workers
+    source = str(opened.path or opened.name)
+    data = load_data(config, workers, training=False)
+    order = class_order(opened.class_names, data.class_names, source)
+    if data.num_classes != model.num_classes:
+        raise InputError(
+            f"the data have {data.num_classes} classes and the classifier of {source} has {model.num_classes}"
+        )
+    model.to(processes.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    loader = val_loader(config, data.val, processes, workers)
+    skipped: list[Unreadable] | None = [] if config.bad_pictures == "skip" else None
+    try:
+        with naming_killed_loaders():
+            bar = partial(progress, total=len(loader))
+            metrics = evaluate(model, loader, config, processes, bar, skipped, order)
+    finally:
+        shut_down(loader)
+    skipped = [picture for part in processes.gather(skipped or []) for picture in part]
+    if not processes.is_main:
+        return None
+    names = {"model_args", "img_size", "crop_pct", "interpolation", "mean", "std", "seed"}
+    precision = precision_on(config, processes.device)
+    record = {
+        "kind": "classification",
+        "model": config.model,
+        "checkpoint": {"file": source.rpartition("/")[2], "sha256": sha256(opened.path) if opened.path else None},
+        "training": {name: opened.config[name] for name in ("epochs", "seed")} if opened.config else None,
+        "data": data.summary,
+        "settings": {**config.model_dump(mode="json", include=names), "precision": precision},
+        "metrics": {**metrics, "skipped": len(skipped)},
+        **provenance(),
+    }
+    return record, skipped
+
+
+def default_record_path(opened: Opened) -> Path:
+    """The run's folder for its own checkpoint, and runs/ for others."""
+    if opened.path and (opened.path.parent / "run.json").is_file():
+        return opened.path.parent / "validation.json"
+    folder = Path("runs")
+    folder.mkdir(exist_ok=True)
+    return folder / f"validation-{opened.name}-{datetime.now():%Y%m%d-%H%M%S}.json"

@@ -13,6 +13,7 @@ from metaformer.errors import InputError
 from metaformer.formats import recognised
 from metaformer.provenance import sha256
 from metaformer.training.config import Config, check
+from metaformer.training.data import class_differences
 from metaformer.variants import released_file
 from metaformer.weights import Opened, load_state, read_checkpoint, weights_of
 from metaformer.weights.described import described
@@ -67,12 +68,8 @@ def class_order(trained: list[str] | None, data: list[str] | None, source: str) 
     if described and data == imagenet.label_names():
         return None
     if set(trained) != set(data) or len(set(data)) < len(data):
-        only = [sorted(set(one) - set(other)) for one, other in ((trained, data), (data, trained))]
-        listed = [f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" or "none" for names in only]
-        raise InputError(
-            f"the data have other classes than {source} was trained on (only in the checkpoint: {listed[0]}; only in "
-            f"the data: {listed[1]})"
-        )
+        differences = class_differences({"the checkpoint": trained, "the data": data})
+        raise InputError(f"the data have other classes than {source} was trained on ({differences})")
     return [trained.index(name) for name in data]
 
 

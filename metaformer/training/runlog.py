@@ -16,7 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from metaformer.provenance import write_file, write_json, writing
-from metaformer.training.checkpoints import Progress, read_run
+from metaformer.training.checkpoints import Progress
 
 
 class RunLog:
@@ -135,10 +135,6 @@ class RunLog:
             "starts": progress.starts,
         }
         write_json(self.folder / "run.json", record)
-
-    def is_finished(self) -> bool:
-        """Whether run.json says that the run is finished."""
-        return read_run(self.folder).get("status") == "finished"
 
     def result(self, progress: Progress) -> None:
         """Say what the run has reached and what to do next."""
