@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
@@ -127,17 +126,13 @@ def fixes_input_size(token_mixers: Any = Pooling, pos_embeds: Sequence[bool] = (
     return any(pos_embeds) or any(takes_map_size(mixer) for mixer in mixers)
 
 
+# The rest of the input is timm's default: 224 pixels, bicubic, ImageNet's mean and standard deviation.
 default_cfgs = generate_default_cfgs(
     {
         f"{name}.sail_in1k" if variant.release else name: {
             "url": f"{RELEASES}/{variant.release}.pth.tar" if variant.release else "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
             "pool_size": (7, 7),
             "crop_pct": variant.crop_pct,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
             "classifier": "head",
             "first_conv": "stem",
             "fixed_input_size": fixes_input_size(**variant.arguments),

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_rank, is_distributed
+from mmengine.dist import barrier, is_main_process
 from mmengine.runner import CheckpointLoader
-from torch import distributed, nn
+from torch import nn
 
 from metaformer.errors import InputError
 from metaformer.formats import FROM, StateDict, recognised
@@ -22,16 +22,15 @@ def load_from_path_or_url(source: str, map_location: Any = None) -> dict:
     Raises:
         InputError: the file is missing, damaged, or contains more than tensors and plain data.
     """
-    scheme = source.partition("://")[0] if "://" in source else None
-    if scheme not in (None, "http", "https"):
-        return CheckpointLoader.load_checkpoint(source, map_location="cpu")
-    path = Path(source).expanduser()
-    if scheme:
-        if get_rank() == 0:
+    if source.startswith(("http://", "https://")):
+        if is_main_process():
             fetch(source)
-        if is_distributed():
-            distributed.barrier()
+        barrier()
         path = fetch(source)  # downloads it again only on machines that do not share the cache
+    elif "://" in source:
+        return CheckpointLoader.load_checkpoint(source, map_location="cpu")
+    else:
+        path = Path(source).expanduser()
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint.get("meta"), dict):
         # Old versions store the config here, and mmengine would execute it to learn the number of GPUs.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -180,7 +180,7 @@ class ResultRecord(Hook):
             "settings": {"batch": batch, "epochs": loop.max_epochs, "iterations": loop.max_iters},
             "starts": [self.provenance],
         }
-        self._write(runner, "training.json", record, runner.cfg.train_dataloader.dataset, loop.dataloader.dataset)
+        self._write(runner, "train", "training.json", record)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         checkpoint = Path(runner._load_from or "").expanduser()
@@ -193,12 +193,12 @@ class ResultRecord(Hook):
             "metrics": {name: float(value) for name, value in metrics.items()},
             **self.provenance,
         }
-        dataset = runner.test_dataloader.dataset
-        self._write(runner, "result.json", record, runner.cfg.test_dataloader.dataset, dataset)
+        self._write(runner, "test", "result.json", record)
 
-    def _write(self, runner: Runner, name: str, record: dict[str, Any], config: ConfigDict, dataset: Any) -> None:
+    def _write(self, runner: Runner, split: str, name: str, record: dict[str, Any]) -> None:
         if not is_main_process():
             return
+        config, dataset = runner.cfg[f"{split}_dataloader"].dataset, getattr(runner, f"{split}_dataloader").dataset
         record["model"] = Path(runner.cfg.filename).stem
         record["settings"]["pipeline"] = [dict(step) for step in config.get("pipeline", [])]
         record["data"] = {

@@ -75,12 +75,9 @@ class Run(NamedTuple):
     def log(self) -> Path:
         return self.folder.with_suffix(".log")
 
-    def record(self) -> dict[str, Any]:
-        return read_run(self.folder)
-
     @property
     def done(self) -> bool:
-        return self.record().get("status") in DONE
+        return read_run(self.folder).get("status") in DONE
 
 
 def read_study(given: str) -> tuple[str, Study]:
@@ -234,7 +231,7 @@ def start(run: Run, environment: dict[str, str], lock: int) -> subprocess.Popen:
 
 
 def outcome(run: Run) -> str:
-    record = run.record()
+    record = read_run(run.folder)
     name, minutes = f"{run.row}, seed {run.seed}", record["wall_s"] / 60
     if record["status"] == "diverged":
         return f"{name}: diverged ({record['error'].split(';')[0]})"
