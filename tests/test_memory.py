@@ -16,7 +16,7 @@ from torchvision.transforms import functional as F
 from conftest import TINY, draw, trained
 from metaformer import InputError
 from metaformer.training import memory
-from metaformer.training.augmentation import Augmentation, Crops, crop_resize_flip, draw_crops
+from metaformer.training.augmentation import Crops, augment, crop_resize_flip, draw_crops
 from metaformer.training.config import load_config
 from metaformer.training.data import open_split
 from metaformer.training.distributed import join
@@ -88,7 +88,7 @@ def test_filters_and_flips_are_drawn_as_often_as_asked():
         ["--data-in-memory", *PLAIN, "img_size=32", "scale=[1, 1]", "ratio=[1, 1]", "hflip=0.25", "vflip=0"]
     )
     pixels = torch.arange(32, dtype=torch.uint8).expand(4000, 3, 32, 32)
-    flipped = Augmentation(half)(pixels, np.random.default_rng(0))[:, 0, 0, 0] == 31
+    flipped = augment(half, pixels, np.random.default_rng(0))[:, 0, 0, 0] == 31
     assert 0.22 < flipped.float().mean() < 0.28
 
 
@@ -118,7 +118,8 @@ def test_what_is_drawn_follows_from_seed_epoch_and_picture():
     pictures = memory.Pictures(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8))
 
     def drawn(seed, epoch, first):
-        (batch,) = memory.MemoryLoader(pictures, [[(epoch, first), (epoch, 7)]], Augmentation(config), seed)
+        settings = config.model_copy(update={"seed": seed})
+        (batch,) = memory.MemoryLoader(pictures, [[(epoch, first), (epoch, 7)]], settings)
         return batch.images[1]
 
     assert torch.equal(drawn(0, 0, 1), drawn(0, 0, 1))

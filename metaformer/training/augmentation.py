@@ -27,23 +27,17 @@ class Crops(NamedTuple):
     width: np.ndarray
 
 
-class Augmentation:
+def augment(config: Config, images: Tensor, generator: np.random.Generator) -> Tensor:
     """Maps uint8 images (B, 3, H, W) to uint8 images (B, 3, img_size, img_size).
 
     The crops, filters and flips have the distribution of timm's ``RandomResizedCropAndInterpolation`` and flips, though
     not their random numbers. The pixels are those of Pillow.
     """
-
-    def __init__(self, config: Config):
-        self.size, self.scale, self.ratio = config.img_size, config.scale, config.ratio
-        self.hflip, self.vflip = config.hflip, config.vflip
-        self.cubic = {"bilinear": 0.0, "bicubic": 1.0, "random": 0.5}[config.train_interpolation]
-
-    def __call__(self, images: Tensor, generator: np.random.Generator) -> Tensor:
-        number, _, height, width = images.shape
-        crops = draw_crops(generator, number, height, width, self.scale, self.ratio)
-        flags = (generator.random(number) < share for share in (self.cubic, self.hflip, self.vflip))
-        return crop_resize_flip(images, crops, self.size, *flags)
+    number, _, height, width = images.shape
+    crops = draw_crops(generator, number, height, width, config.scale, config.ratio)
+    cubic = {"bilinear": 0.0, "bicubic": 1.0, "random": 0.5}[config.train_interpolation]
+    flags = (generator.random(number) < share for share in (cubic, config.hflip, config.vflip))
+    return crop_resize_flip(images, crops, config.img_size, *flags)
 
 
 def draw_crops(

@@ -159,19 +159,15 @@ class Config(BaseModel):
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is longer than epochs={self.epochs}")
         if self.pretrained and self.checkpoint:
             raise ValueError("pretrained=true and checkpoint= exclude each other: give one of them")
-        if self.data_in_memory:
-            self._fits_memory()
+        if self.data_in_memory and (self.auto_augment or self.color_jitter):
+            raise ValueError("data_in_memory=true crops and flips only: use auto_augment=null color_jitter=0")
+        if self.data_in_memory and self.train_interpolation not in ("bilinear", "bicubic", "random"):
+            raise ValueError("data_in_memory=true needs train_interpolation=bilinear, bicubic or random")
+        if self.data_in_memory and self.bad_pictures == "skip":
+            raise ValueError("data_in_memory=true needs bad_pictures=stop")
         if self.replace_head and not self.checkpoint:
             raise ValueError("replace_head=true needs checkpoint=; released weights get a new classifier anyway")
         return self
-
-    def _fits_memory(self) -> None:
-        if self.auto_augment or self.color_jitter:
-            raise ValueError("data_in_memory=true crops and flips only: use auto_augment=null color_jitter=0")
-        if self.train_interpolation not in ("bilinear", "bicubic", "random"):
-            raise ValueError("data_in_memory=true needs train_interpolation=bilinear, bicubic or random")
-        if self.bad_pictures == "skip":
-            raise ValueError("data_in_memory=true needs bad_pictures=stop")
 
 
 GROUPS = {

@@ -28,10 +28,6 @@ class Data(NamedTuple):
     class_names: list[str] | None
     summary: dict[str, Any]
 
-    @property
-    def hashes(self) -> dict[str, str | None]:
-        return {name: self.summary[name] for name in sorted(HASHES)}
-
 
 def load_data(config: Config, workers: int, training: bool = True) -> Data:
     """Open both splits and check that they fit together, or open the validation split alone.

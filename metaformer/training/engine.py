@@ -19,7 +19,7 @@ from metaformer.provenance import provenance
 from metaformer.training import checkpoints, recipe
 from metaformer.training.batches import TrainBatches, checked, seed_everything
 from metaformer.training.config import Config
-from metaformer.training.data import load_data
+from metaformer.training.data import HASHES, load_data
 from metaformer.training.distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.training.evaluation import evaluate
 from metaformer.training.loader import naming_killed_loaders, shut_down, train_loader, val_loader
@@ -57,11 +57,13 @@ class Trainer:
         self.processes, self.device = processes, processes.device
         workers = processes.default_workers() if config.workers is None else config.workers
         self.data = load_data(config, workers)
-        self.progress = checkpoints.Progress(starts=[{**provenance(), **self.data.hashes}])
+        hashes = {name: self.data.summary[name] for name in sorted(HASHES)}
+        self.progress = checkpoints.Progress(starts=[{**provenance(), **hashes}])
         seed_everything(config.seed)
         self.model = model = build_model(config, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
-        self.check_same_start()
+        settings = config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE)
+        processes.check_same({**settings, **self.data_facts()})
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model.to(self.device, memory_format=layout)
         if config.grad_checkpointing:
@@ -104,11 +106,6 @@ class Trainer:
         self.log = RunLog(self.output, self.facts(), self.epochs, self.steps, processes.is_main)
         if state := processes.from_main(lambda: checkpoints.load_last(self.output)):
             self.load(state)
-
-    def check_same_start(self) -> None:
-        """Refuse processes on several machines whose settings or data differ."""
-        settings = self.config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE)
-        self.processes.check_same({**settings, **self.data_facts()})
 
     def data_facts(self) -> dict[str, Any]:
         """What must be true of the data of all processes, and of a run that continues."""

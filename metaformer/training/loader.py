@@ -11,7 +11,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import PILToTensor
 
 from metaformer.errors import MachineError
-from metaformer.training.augmentation import Augmentation
 from metaformer.training.batches import Images, TrainBatches, collate, transform
 from metaformer.training.config import Config
 from metaformer.training.distributed import STOP_SIGNALS, Processes
@@ -24,7 +23,7 @@ def train_loader(
     options = loader_options(processes, workers)
     if config.data_in_memory:
         pictures = load_pictures(dataset, PILToTensor()).to(processes.device)
-        return MemoryLoader(pictures, batches, Augmentation(config), config.seed)
+        return MemoryLoader(pictures, batches, config)
     if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
         dataset.transform = transform(config, is_training=True)
         return DataLoader(dataset, batch_size=batches.device_batch, drop_last=True, **options)

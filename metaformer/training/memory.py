@@ -18,8 +18,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from metaformer.errors import InputError
 from metaformer.provenance import write_file, writing
-from metaformer.training.augmentation import Augmentation
+from metaformer.training.augmentation import augment
 from metaformer.training.batches import Batch, Images, Unreadable, printable
+from metaformer.training.config import Config
 from metaformer.weights import read_checkpoint
 
 
@@ -40,12 +41,13 @@ class MemoryLoader:
 
     Args:
         batches: for each batch a list of (epoch, index).
+        config: settings of the augmentation; ``None`` for pictures as they are.
     """
 
     num_workers = 0
 
-    def __init__(self, pictures: Pictures, batches: Iterable, augment: Augmentation | None = None, seed: int = 0):
-        self.pictures, self.batches, self.augment, self.seed = pictures, batches, augment, seed
+    def __init__(self, pictures: Pictures, batches: Iterable, config: Config | None = None):
+        self.pictures, self.batches, self.config = pictures, batches, config
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -54,8 +56,9 @@ class MemoryLoader:
         for keys in self.batches:
             epochs, indices = map(list, zip(*keys, strict=True))
             images = self.pictures.images[indices]
-            if self.augment:
-                images = self.augment(images, np.random.default_rng([self.seed, epochs[0], indices[0]]))
+            if self.config:
+                generator = np.random.default_rng([self.config.seed, epochs[0], indices[0]])
+                images = augment(self.config, images, generator)
             yield Batch(images, self.pictures.labels[indices], [])
 
 
