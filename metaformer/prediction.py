@@ -10,10 +10,11 @@ from timm.data import ImageNetInfo
 from torch.utils.data import Dataset
 
 from metaformer.errors import InputError
-from metaformer.training.batches import Unreadable
+from metaformer.training.batches import Unreadable, checked
 from metaformer.training.distributed import join
+from metaformer.training.evaluation import outputs
 from metaformer.training.loader import shut_down, val_loader
-from metaformer.training.model import autocast, normaliser, settings_of
+from metaformer.training.model import settings_of
 from metaformer.weights import Opened
 
 Prediction = dict[str, Any]
@@ -76,16 +77,11 @@ def predict(
     workers = min(processes.default_workers(), len(paths) // batch)
     loader = val_loader(config, Pictures(paths), processes, workers)
     model = opened.model.to(processes.device)
-    normalise = normaliser(config, processes.device)
     predictions, unreadable = [], []
     try:
-        for images, indices, failed in progress(loader):
-            unreadable += failed
-            if not len(indices):
-                continue
-            with autocast(config, processes.device):
-                logits = model(normalise(images))
-            probabilities, classes = logits.float().softmax(1).topk(min(top, len(names)))
+        batches = checked(progress(loader), len(paths), unreadable)
+        for logits, indices in outputs(model, batches, config, processes.device):
+            probabilities, classes = logits.softmax(1).topk(min(top, len(names)))
             for index, *best in zip(indices.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
                 best = [{"class": names[i], "index": i, "probability": p} for p, i in zip(*best, strict=True)]
                 predictions.append({"file": str(paths[index]), "classes": best})

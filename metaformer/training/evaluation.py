@@ -1,14 +1,13 @@
 """Top-1, top-5 and cross-entropy of a model on a validation split, and a record of them with its provenance."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -21,6 +20,19 @@ from metaformer.training.distributed import Processes, join
 from metaformer.training.loader import naming_killed_loaders, shut_down, val_loader
 from metaformer.training.model import autocast, class_order, normaliser, precision_on
 from metaformer.weights import Opened
+
+
+def outputs(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], config: Config, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, classes) in float32 and labels (B,) on ``device``, for batches that are not empty."""
+    model.eval()
+    normalise, cast = normaliser(config, device), autocast(config, device)
+    for images, labels in batches:
+        if len(labels):  # else all of the batch was skipped
+            with cast:
+                logits = model(normalise(images))
+            yield logits.float(), labels.to(device, non_blocking=True)
 
 
 @torch.inference_mode()
@@ -36,23 +48,19 @@ def evaluate(
     """top1 and top5 in percent, mean cross-entropy ``loss``, ``images`` and ``images_per_s``, over all processes.
 
     Args:
+        progress: called with the loader; returns its batches.
         skipped: as in :func:`batches.checked`; the pictures left out count nowhere.
         order: for each class of the data its index among the logits, if their order is another.
 
     Raises:
         InputError: a picture or label that :func:`batches.checked` refuses, or no picture that can be read.
     """
-    model.eval()
-    normalise, cast = normaliser(config, processes.device), autocast(config, processes.device)
     start = time.perf_counter()
     totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images
-    for images, labels in progress(checked(iter(loader), model.num_classes, skipped)):
-        if not len(labels):  # all of the batch was skipped
-            continue
-        labels = labels.to(processes.device, non_blocking=True)
-        with cast:
-            logits = model(normalise(images))
-        logits = logits.float() if order is None else logits.float()[:, order]
+    batches = checked(progress(loader), model.num_classes, skipped)
+    for logits, labels in outputs(model, batches, config, processes.device):
+        if order is not None:
+            logits = logits[:, order]
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)])
@@ -70,12 +78,12 @@ def evaluate(
 
 
 def validate(
-    opened: Opened, config: Config, progress: Callable[..., Iterable]
+    opened: Opened, config: Config, progress: Callable[[Iterable], Iterable]
 ) -> tuple[dict[str, Any], list[Unreadable]] | None:
     """Evaluate a model on the validation split of ``config``, whose classes may be in another order.
 
     Args:
-        progress: called as ``tqdm`` with the batches and their number ``total``.
+        progress: as in :func:`evaluate`.
 
     Returns:
         The record and the skipped pictures in the main process, ``None`` in the others.
@@ -97,8 +105,7 @@ def validate(
     skipped: list[Unreadable] | None = [] if config.bad_pictures == "skip" else None
     try:
         with naming_killed_loaders():
-            bar = partial(progress, total=len(loader))
-            metrics = evaluate(model, loader, config, processes, bar, skipped, order)
+            metrics = evaluate(model, loader, config, processes, progress, skipped, order)
     finally:
         shut_down(loader)
     skipped = [picture for part in processes.gather(skipped or []) for picture in part]
