@@ -5,7 +5,7 @@ depend on the number of loader processes or devices, and an interrupted run cont
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,7 +136,7 @@ def collate(samples: list) -> Batch:
 
 
 def checked(
-    batches: Iterator[Batch], num_classes: int, skipped: list[Unreadable] | None = None
+    batches: Iterable[Batch], num_classes: int, skipped: list[Unreadable] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels, unless a label is out of range.
 
