@@ -160,6 +160,7 @@ def test_a_preempted_slurm_job_continues(pictures, tmp_path, monkeypatch):
     wait_for(tmp_path / "run" / "metrics.csv")
     # Slurm signals the task; the local executor's controller, whose process is the job's, is no part of a cluster.
     [task] = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+    assert b"\0CUDA_VISIBLE_DEVICES=0\0" in Path(f"/proc/{task}/environ").read_bytes()
     os.kill(int(task), signal.SIGUSR2)
     job.result()
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -70,15 +70,16 @@ def submit(
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node, or --cluster local")
     executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
-    executor.update_parameters(name="metaformer", timeout_min=minutes, tasks_per_node=1)
-    if cluster == "slurm":
-        executor.update_parameters(
-            nodes=nodes,
-            gpus_per_node=jobs[0].gpus,
-            cpus_per_task=cpus_per_gpu * jobs[0].gpus,
-            slurm_partition=partition,
-            slurm_signal_delay_s=120,
-            slurm_additional_parameters={"requeue": True},
-        )
+    executor.update_parameters(
+        name="metaformer",
+        timeout_min=minutes,
+        nodes=nodes,
+        tasks_per_node=1,
+        gpus_per_node=jobs[0].gpus,
+        cpus_per_task=cpus_per_gpu * jobs[0].gpus,
+        slurm_partition=partition,
+        slurm_signal_delay_s=120,
+        slurm_additional_parameters={"requeue": True},
+    )
     with executor.batch():
         return [executor.submit(job) for job in jobs]
