@@ -133,7 +133,7 @@ def test_a_link_to_nowhere_is_named(tmp_path):
     file.unlink()
     file.symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"002\.png is not .*: take it out"):
-        memory.load_pictures(open_split(load_config([f"data_dir={root}"]), "train", 0), PILToTensor())
+        memory.load_pictures(open_split(load_config([f"data_dir={root}"]), "train", 0), PILToTensor(), {})
 
 
 def test_pictures_are_decoded_once_until_a_file_changes(tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_pictures_are_decoded_once_until_a_file_changes(tmp_path, monkeypatch):
 
     def load():
         dataset = open_split(load_config([f"data_dir={root}"]), "train", 0)
-        return memory.load_pictures(dataset, PILToTensor())
+        return memory.load_pictures(dataset, PILToTensor(), {})
 
     first, second = load(), load()
     assert len(decoded) == 1
@@ -167,13 +167,13 @@ def test_pictures_that_do_not_fit_are_named(tmp_path, change, message):
     root = draw_alike(tmp_path / "data")
     change(root / "train" / "b" / "002.png")
     with pytest.raises(InputError, match=message):
-        memory.load_pictures(open_split(load_config([f"data_dir={root}"]), "train", 0), PILToTensor())
+        memory.load_pictures(open_split(load_config([f"data_dir={root}"]), "train", 0), PILToTensor(), {})
 
 
 def test_a_stream_is_refused():
     stream = type("Stream", (torch.utils.data.IterableDataset,), {"__iter__": lambda self: iter(())})()
     with pytest.raises(InputError, match="this is a stream"):
-        memory.load_pictures(stream, PILToTensor())
+        memory.load_pictures(stream, PILToTensor(), {})
 
 
 @pytest.mark.parametrize(

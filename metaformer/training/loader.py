@@ -22,7 +22,7 @@ def train_loader(
 ) -> DataLoader | MemoryLoader:
     options = loader_options(processes, workers)
     if config.data_in_memory:
-        pictures = load_pictures(dataset, PILToTensor()).to(processes.device)
+        pictures = load_pictures(dataset, PILToTensor(), options).to(processes.device)
         return MemoryLoader(pictures, batches, config)
     if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
         dataset.transform = transform(config, is_training=True)
@@ -35,7 +35,7 @@ def val_loader(config: Config, dataset: Dataset, processes: Processes, workers: 
     """Every picture exactly once over all processes."""
     options, prepare = loader_options(processes, workers), transform(config, is_training=False)
     if config.data_in_memory:
-        pictures = load_pictures(dataset, prepare).to(processes.device)
+        pictures = load_pictures(dataset, prepare, options).to(processes.device)
     elif isinstance(dataset, IterableDataset):
         dataset.transform = prepare
         return DataLoader(dataset, batch_size=config.device_batch, **options)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from metaformer.errors import InputError
 from metaformer.provenance import write_file, writing
@@ -62,11 +62,12 @@ class MemoryLoader:
             yield Batch(images, self.pictures.labels[indices], [])
 
 
-def load_pictures(dataset: Dataset, transform: Any) -> Pictures:
+def load_pictures(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Pictures:
     """All pictures after ``transform``; those of a folder are kept in PyTorch's cache folder for other runs.
 
     Args:
         transform: maps a PIL image to a uint8 array or tensor (3, H, W); its ``repr`` tells it from others.
+        options: of the DataLoader that reads the pictures.
 
     Raises:
         InputError: the data set is a stream, or a picture cannot be read or has another size than the first.
@@ -75,14 +76,14 @@ def load_pictures(dataset: Dataset, transform: Any) -> Pictures:
         raise InputError("data_in_memory=true needs a data set whose pictures can be counted, and this is a stream")
     path = kept_at(dataset, transform)
     if path is None:
-        return decode(dataset, transform)
+        return decode(dataset, transform, options)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first of several processes decodes, and the others wait for its file
         if not path.is_file():
-            pictures = decode(dataset, transform)
+            pictures = decode(dataset, transform, options)
             write_file(path, lambda file: file.write(save(pictures._asdict())))
     return Pictures(**read_checkpoint(path))
 
@@ -102,15 +103,17 @@ def kept_at(dataset: Dataset, transform: Any) -> Path | None:
     return Path(torch.hub.get_dir()) / "metaformer" / f"pictures-{key.hexdigest()[:16]}.safetensors"
 
 
-def decode(dataset: Dataset, transform: Any) -> Pictures:
+def decode(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Pictures:
     images = Images(dataset, transform)
+    keys = [(0, index) for index in range(len(images))]
+    options = {**options, "persistent_workers": False, "collate_fn": as_arrays}
     pictures, labels = None, np.empty(len(images), dtype=np.int64)
-    for index in range(len(images)):
-        sample = images[0, index]
+    samples = (sample for batch in DataLoader(images, 256, sampler=keys, **options) for sample in batch)
+    for index, sample in enumerate(samples):
         if isinstance(sample, Unreadable):
             name, reason = sample
             raise InputError(f"data_in_memory=true needs readable pictures, and {name} is not ({reason}): take it out")
-        pixels, labels[index] = np.asarray(sample[0]), sample[1]
+        pixels, labels[index] = sample
         if pictures is None:
             pictures = np.empty((len(images), *pixels.shape), dtype=np.uint8)
         if pixels.shape != pictures.shape[1:]:
@@ -121,3 +124,8 @@ def decode(dataset: Dataset, transform: Any) -> Pictures:
             )
         pictures[index] = pixels
     return Pictures(torch.from_numpy(pictures), torch.from_numpy(labels))
+
+
+def as_arrays(samples: list) -> list:
+    """NumPy arrays, because each tensor that a loader process sends takes a file descriptor."""
+    return [each if isinstance(each, Unreadable) else (np.asarray(each[0]), each[1]) for each in samples]
