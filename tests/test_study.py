@@ -368,6 +368,16 @@ def test_a_run_that_left_out_pictures_is_not_comparable(monkeypatch):
         Results("cifar10", [parse({**content, "skipped": {"training": 0, "validation": 1}}, Path("x"))])
 
 
+def test_copies_of_the_data_that_differ_are_noted(monkeypatch):
+    records = results(monkeypatch, {"identity": A}).records
+    of = [records[0].data.model_copy(update={"train_sha256": name, "val_sha256": "v"}) for name in "abb"]
+    known = [record.model_copy(update={"data": data}) for record, data in zip(records, of, strict=True)]
+    noted = "cifar10: the runs read 2 copies of the data, whose files differ in name or size."
+    assert noted in studies.study_notes("cifar10", Results("cifar10", known))
+    alike_or_unknown = Results("cifar10", [records[0], *known[1:]])
+    assert noted not in studies.study_notes("cifar10", alike_or_unknown)
+
+
 def test_rank_correlation(monkeypatch):
     paper = {"baseline": 77.2, "identity": 74.3, "pool5": 77.2, "relu": 76.4, "silu": 77.1, "ppaa": 81.0}
     here = {"baseline": 60.0, "identity": 58.0, "pool5": 63.0, "relu": 61.0, "silu": 59.0}

@@ -58,6 +58,9 @@ def in_points(interval: Interval) -> Range:
 def study_notes(name: str, results: Results) -> Iterator[str]:
     yield f"{name}: {results.study.title}. {results.study.note}"
     yield cost_of(name, results)
+    data = [record.data for record in results.records if record.data.train_sha256]
+    if (copies := len({(of.train_sha256, of.val_sha256) for of in data})) > 1:
+        yield f"{name}: the runs read {copies} copies of the data, whose files differ in name or size."
     number, r = results.rank_correlation({row: float(top1) for row, top1 in paper_top1().items()})
     if r:
         interval = f"95 % interval {r.low:.2f} to {r.high:.2f}" if r.low < r.high else "no interval, as it is perfect"

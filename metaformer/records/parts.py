@@ -43,6 +43,8 @@ class Data(Part):
     classes: Positive
     images: Positive | None = None
     val_images: Positive | None = None
+    train_sha256: str | None = None
+    val_sha256: str | None = None
 
 
 class Settings(Part):
