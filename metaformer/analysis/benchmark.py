@@ -12,6 +12,7 @@ the weights again and writes their gradients. Maps have the bytes of the precisi
 A model can be faster than the floor where maps stay in a cache.
 """
 
+import ctypes
 import math
 import time
 from collections import deque
@@ -197,6 +198,7 @@ def resident_growth(entry: Entry, cell: Cell, threads: int) -> int:
     contestants.given(cell)  # all contestants hold it
     before = resident("VmRSS")
     entered = contestants.contestant(entry, cell)
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps the memory of the model that was folded
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of building the model
     for _ in range(2):
         entered.call()
