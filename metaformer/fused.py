@@ -52,7 +52,7 @@ class FusedBlock(MetaFormerBlock):
     # TorchScript compiles the source of the wrapped function, the plain form.
     @wraps(MetaFormerBlock.forward)
     def forward(self, x: Tensor) -> Tensor:
-        if applies(self, x):
+        if applies(self, x) and not few_positions(x):
             return self.fused(x)
         return checkpoint(super().forward, x) if self.recompute else super().forward(x)
 
@@ -99,6 +99,14 @@ def applies(block: MetaFormerBlock, x: Tensor) -> bool:
     if kernels.autocasts(x):
         return gamma.dtype == torch.float32 and x.dtype in (torch.float32, kernels.product_dtype(x))
     return x.dtype == gamma.dtype
+
+
+def few_positions(x: Tensor) -> bool:
+    """Whether maps ``x`` have fewer positions than channels on a CPU.
+
+    The fused form saves passes over maps and adds passes over the weights, which are then larger.
+    """
+    return x.device.type == "cpu" and x[:, 0].numel() < x.shape[1]
 
 
 def fusable(block: MetaFormerBlock) -> bool:

@@ -168,7 +168,7 @@ def saved_bytes(contestant: Contestant) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a saved output would hold the graph that holds it, for ever
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = contestant.forward()

@@ -9,7 +9,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from metaformer import variants
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError, MachineError, nearest
 from metaformer.formats import FROM, StateDict, recognised
 from metaformer.model import MetaFormer
 from metaformer.weights.described import Settings, described
@@ -53,9 +53,22 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
             the checkpoint.
 
     Raises:
-        InputError: the checkpoint does not exist, its model is unknown, or it is of another model.
+        InputError: the checkpoint does not exist, its model is unknown, it is of another model, or a setting that comes
+            with it or is given cannot be used.
     """
     found = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return with_settings(source, model, found)
+    except (InputError, MachineError):
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Files state anything, and timm and PyTorch refuse what does not fit in ways of their own.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"a setting of {source} cannot be used ({reason}): mend it, or get the files again") from error
+
+
+def with_settings(source: str | Path, model: str | None, found: Settings) -> Opened:
+    """:func:`open_checkpoint` with settings that replace those of the checkpoint."""
     if not Path(source).exists() and (str(source) == model or timm.is_model(str(source))):
         name, kind = str(source), None
         built = create(name, None, arguments_of(name, found), pretrained=True)
@@ -78,10 +91,11 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
         raise InputError(f"{path} names {len(names)} classes, but its classifier has {built.num_classes}")
     given = {key: found[key] for key in INPUTS if found.get(key) is not None}
     own = resolve_data_config(given, model=built)
-    size = tuple(to_2tuple(found.get("img_size") or model_args.get("img_size") or own["input_size"][1:]))
+    size = tuple(map(int, to_2tuple(found.get("img_size") or model_args.get("img_size") or own["input_size"][1:])))
     own["input_size"] = (own["input_size"][0], *size)
     built.pretrained_cfg = {**built.pretrained_cfg, **own}  # where timm's functions look for the input settings
-    inputs = (own["crop_pct"], own["interpolation"], tuple(own["mean"]), tuple(own["std"]))
+    mean, std = (tuple(map(float, own[name])) for name in ("mean", "std"))
+    inputs = (float(own["crop_pct"]), own["interpolation"], mean, std)
     config = found if "epochs" in found else None
     kind = kind if isinstance(built, MetaFormer) else None
     return Opened(built.eval(), name, size, *inputs, names, model_args, config, path, kind)
