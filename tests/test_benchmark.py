@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import weakref
 from copy import deepcopy
 from itertools import product
 from statistics import median
@@ -184,6 +185,19 @@ def test_saved_bytes_of_timms_class_are_the_published_ones(monkeypatch):
     plain, fused, timm = (benchmark.saved_bytes(contestant) / 1e6 for contestant in entered)
     assert round(timm, 1) == 59.7
     assert fused < 0.5 * plain
+
+
+def test_counting_saved_bytes_frees_the_graph():
+    """A sigmoid saves its output, which holds the graph."""
+    model, outputs = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid()), []
+
+    def forward():
+        output = model(torch.ones(1, 2))
+        outputs.append(weakref.ref(output))
+        return output
+
+    assert benchmark.saved_bytes(SimpleNamespace(model=model, forward=forward)) == 2 * 8  # the input and the output
+    assert outputs[0]() is None
 
 
 def test_floor_counts_every_map_once():
