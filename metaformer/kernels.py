@@ -13,6 +13,7 @@ from torch.nn import functional as F
 Statistics = tuple[Tensor, Tensor]
 """Mean and 1 / standard deviation of each sample, (B, 1) each."""
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether PyTorch uses AVX-512 on this machine."""
 
 
 def mix(x: Tensor, factor: Tensor, rstd: Tensor, pool_size: int) -> Tensor:

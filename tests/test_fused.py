@@ -224,7 +224,10 @@ def test_parts_without_gradient():
 
 
 def test_saved_activations_of_s12(monkeypatch):
-    """At most 85 % of timm's for one image, 45 % for a large batch, and 20 % where a product is computed twice."""
+    """At most 75 % of timm's for a small batch, 45 % for a large one, and 20 % where a product is computed twice.
+
+    For one image the last two stages are computed in the plain form, since they have more channels than positions.
+    """
     model = timm.create_model("poolformer_s12").train()
     images = drawn(1, 3, 224, 224, dtype=torch.float32)
 
@@ -244,9 +247,10 @@ def test_saved_activations_of_s12(monkeypatch):
 
     theirs = saved(timm_twin("poolformer_s12", model))
     assert round(theirs / 1e6, 1) == 59.7
-    assert saved(model) <= 0.85 * theirs
-    monkeypatch.setattr(metaformer.fused, "CACHED", 0)  # as if the batch were large
+    assert 0.75 * theirs < saved(model) <= 0.85 * theirs
     monkeypatch.setattr(metaformer.fused, "few_positions", lambda _: False)
+    assert saved(model) <= 0.75 * theirs
+    monkeypatch.setattr(metaformer.fused, "CACHED", 0)  # as if the batch were large
     assert saved(model) <= 0.45 * theirs
     model.set_grad_checkpointing()
     assert saved(model) <= 0.20 * theirs
