@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,7 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **installed(), "cuda": torch.version.cuda},
         "hardware": {
             "cpu": cpu_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # processors of one name differ in it
             "cores": cores(),
             "torch_threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -54,6 +56,7 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@cache  # because reading the metadata of every package takes 10 ms
 def installed() -> dict[str, str]:
     return {package: found.version for package in PACKAGES for found in distributions(name=package)}
 

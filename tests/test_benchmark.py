@@ -275,7 +275,7 @@ def record(**changes) -> dict:
         "command": "python analysis/benchmark.py",
         "commit": "0" * 40,
         "versions": {"torch": "2.14.0", "cuda": None},
-        "hardware": {"cpu": "a", "cores": 2, "gpus": ["b"]},
+        "hardware": {"cpu": "a", "cpu_capability": "AVX2", "cores": 2, "gpus": ["b"]},
         "date": "2026-01-01T00:00:00+00:00",
         **changes,
     }
@@ -315,7 +315,7 @@ def test_a_record_fills_the_table(tmp_path):
     assert csv["images/s per device"][6:].tolist() == ["not measured"] * 4
     rows = csv[:6].set_index(["task", "form"])
     ours = rows.loc["training", "fused"]
-    assert ours["device"] == "a, 2 cores"
+    assert ours["device"] == "a (AVX2), 2 cores"
     assert ours["batch, size and precision"] == "8 x 224 x 224, float32"
     assert ours["layout"] == "channels-last"
     assert ours["images/s per device"] == "8.0 (8.0 to 8.0)"

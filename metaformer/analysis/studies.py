@@ -70,7 +70,7 @@ def study_notes(name: str, results: Results) -> Iterator[str]:
 def cost_of(name: str, results: Results) -> str:
     planned = set(product(results.study.rows, results.study.seeds))
     missing = len(planned - {(record.settings.row, record.seed) for record in results.records})
-    hardware = ", ".join(dict.fromkeys(record.hardware.device for record in results.records))
+    hardware = " and ".join(dict.fromkeys(record.hardware.device for record in results.records))
     hours = sum(record.wall_s or 0 for record in results.records) / 3600
     partial = f"; partial, {missing} of the {len(planned)} planned are missing" if missing else ""
     return f"{name}: {len(results.records)} runs, {hours:.1f} hours added up, on {hardware}{partial}."

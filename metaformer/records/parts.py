@@ -18,12 +18,15 @@ class Part(BaseModel):
 
 class Hardware(Part):
     cpu: str
+    cpu_capability: str | None = None
+    """The vector instructions that PyTorch uses, such as ``AVX2``; missing in early records."""
     cores: Positive
     gpus: list[str]
 
     @property
     def processor(self) -> str:
-        return f"{self.cpu}, {self.cores} cores"
+        instructions = f" ({self.cpu_capability})" if self.cpu_capability else ""
+        return f"{self.cpu}{instructions}, {self.cores} cores"
 
     @property
     def device(self) -> str:
