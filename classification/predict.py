@@ -29,6 +29,7 @@ def main() -> int:
     output.add_argument("--json", action="store_true", help="print a JSON list of pictures with their classes")
     output.add_argument("--csv", action="store_true", help="print a CSV table: file, rank, class, index, probability")
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     if min(options.top, options.batch) < 1:
         raise InputError("--top and --batch are at least 1")
     paths = find_pictures(options.pictures)

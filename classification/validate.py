@@ -42,12 +42,13 @@ def main() -> None:
     record, skipped = result
     for name, reason in skipped:
         print(f"skipped the picture {name} ({reason})")
-    path = options.record or default_record_path(opened)
-    write_json(path, record)
     print(
         "{model}: top-1 {metrics[top1]:.3f} %, top-5 {metrics[top5]:.3f} % of {metrics[images]} images, "
-        "{metrics[skipped]} skipped, {metrics[images_per_s]:.1f} images/s; record: {path}".format(**record, path=path)
+        "{metrics[skipped]} skipped, {metrics[images_per_s]:.1f} images/s".format(**record)
     )
+    path = options.record or default_record_path(opened)
+    write_json(path, record)
+    print(f"record: {path}")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ class MetaFormerBlock(nn.Module):
     ):
         super().__init__()
         has_mlp, has_scale = mlp_ratio is not None, layer_scale_init is not None
+        layer_scale_init = float(layer_scale_init) if has_scale else None
         self.residual = residual
         self.norm1 = norm_layer(dim)
         self.token_mixer = token_mixer(dim)

@@ -1,5 +1,6 @@
 """Export a model or its backbone to ONNX or torch.export, and compare the file with the model."""
 
+import textwrap
 from collections.abc import Callable
 from importlib.util import find_spec
 from io import BytesIO
@@ -67,15 +68,12 @@ def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
             f"{opened.name} can be exported for its own {text(opened.size)} pixels only, because {why}: "
             "leave out --size"
         )
-    if isinstance(model, MetaFormer) and min(size) < stride(model):
+    smallest = model.feature_info[-1]["reduction"] if isinstance(model, MetaFormer) else 1
+    if min(size) < smallest:
         raise InputError(
-            f"--size {text(size)} is too small: {opened.name} takes images from {stride(model)} pixels a side upwards"
+            f"--size {text(size)} is too small: {opened.name} takes images from {smallest} pixels a side upwards"
         )
     return size
-
-
-def stride(model: nn.Module) -> int:
-    return model.feature_info[-1]["reduction"] if isinstance(model, MetaFormer) else 32
 
 
 def text(size: Size) -> str:
@@ -92,22 +90,30 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
         InputError: the file cannot be written, or computes something else than the model.
     """
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
-    channels = backbone.in_chans if isinstance(backbone, MetaFormer) else 3
-    two_positions = stride(backbone) + 3
-    smallest = stride(backbone) if to == "onnx" else two_positions
+    channels, stride, overlap = 3, 1, False
+    if isinstance(backbone, MetaFormer):
+        channels, stride = backbone.in_chans, backbone.feature_info[-1]["reduction"]
+        overlap = backbone.stem.kernel_size != backbone.stem.stride
+    # Overlapping patch embeddings have a second position as soon as the image reaches over the first one.
+    two_positions = stride + 3 if overlap else 2 * stride
+    smallest = stride if to == "onnx" else two_positions
     varies = not fixes_size(backbone) and min(size) >= smallest
     dims = {0: Dim("batch")}
     if varies:
         dims |= {2: Dim("height", min=two_positions), 3: Dim("width", min=two_positions)}
     # Neither the batch nor a side of the last map is one, since tracing would make such a dimension a constant.
-    traced = tuple(max(side, 2 * stride(backbone)) for side in size) if varies else size
+    traced = tuple(max(side, 2 * stride) for side in size) if varies else size
     images = torch.randn(2, channels, *traced)
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
-    if to == "onnx":
-        names = ["logits"] if model is backbone else [f"level{i}" for i in model.out_indices]
-        content, exported = onnx(model, images, dims, names)
-    else:
-        content, exported = torch_export(model, images, dims)
+    try:
+        if to == "onnx":
+            names = ["logits"] if model is backbone else [f"level{i}" for i in model.out_indices]
+            content, exported = onnx(model, images, dims, names)
+        else:
+            content, exported = torch_export(model, images, dims)
+    except Exception as error:  # a model is code, and PyTorch refuses what it cannot trace in many ways
+        reason = textwrap.shorten(str(error), 200)
+        raise InputError(f"PyTorch cannot export this {type(backbone).__name__} to {to}: {reason}") from error
     error = largest_error(exported, model, channels, sizes)
     if not error <= TOLERANCE:
         raise InputError(f"the exported model differs from the model by {error:.1e} of its output: nothing written")

@@ -23,7 +23,8 @@ class FoldedBlock(nn.Module):
         mlp, norm = block.mlp, block.norm2
         like = block.norm1.weight
         weights = (mlp.fc1.weight.flatten(1), mlp.fc1.bias, norm.weight, norm.bias)
-        w1, b1 = (t.to(like.dtype) for t in kernels.folded(*(t.detach().double() for t in weights)))
+        # On the CPU, because not every device has float64.
+        w1, b1 = (t.to(like) for t in kernels.folded(*(t.detach().cpu().double() for t in weights)))
         ones = torch.ones_like(like)
         scale1, scale2 = (ones if s is None else s for s in (block.layer_scale1, block.layer_scale2))
 
@@ -69,7 +70,7 @@ def fuse(model: nn.Module) -> nn.Module:
     copy is in eval mode, its parameters do not require gradients, and it can be compiled and exported.
 
     Args:
-        model: a :class:`MetaFormer`, or any module that contains one, such as a detector.
+        model: a :class:`MetaFormer`, any module that contains one, such as a detector, or a block.
 
     Raises:
         InputError: no block can be folded, or the model cannot be copied.
@@ -77,6 +78,8 @@ def fuse(model: nn.Module) -> nn.Module:
     try:
         model = deepcopy(model).eval()
     except RuntimeError as error:
+        if "deepcopy protocol" not in str(error):
+            raise
         raise InputError(
             f"{type(model).__name__} cannot be copied: make pruning or weight norm permanent first, with "
             "torch.nn.utils.prune.remove or remove_weight_norm"
@@ -88,7 +91,10 @@ def fuse(model: nn.Module) -> nn.Module:
             "nothing to fold"
         )
     for name, block in blocks:
-        model.set_submodule(name, FoldedBlock(block))
+        if name:
+            model.set_submodule(name, FoldedBlock(block))
+        else:  # the model is a block itself
+            model = FoldedBlock(block).eval()
     return model.requires_grad_(False)
 
 

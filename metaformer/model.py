@@ -68,7 +68,8 @@ class MetaFormer(nn.Module):
             large as their strides, so that no convolution mixes tokens.
         pool_before_norm: average before the head's norm, as timm's class does; the paper's code averages after it.
         global_pool: ``"avg"``, or ``""`` to omit the average, so that the head keeps (B, C, H, W).
-        fused: build :class:`FusedBlock`, which computes the same function faster, in place of the printed equations.
+        fused: build :class:`FusedBlock`, which computes the same function in fewer passes over memory, in place of the
+            printed equations.
 
     Raises:
         InputError: a per-stage argument of the wrong length, an unknown ``global_pool`` or ``stem_stride``.
@@ -164,6 +165,8 @@ class MetaFormer(nn.Module):
             if global_pool not in ("avg", ""):
                 raise InputError(f"global_pool is {global_pool!r}: use 'avg', or '' to keep the feature map")
             self.global_pool = global_pool
+        if num_classes > 0 and self.global_pool == "":
+            raise InputError("global_pool='' leaves no vector to classify: use num_classes=0 with it, or 'avg'")
         self.num_classes = num_classes
         if num_classes > 0:
             like = self.stem.weight

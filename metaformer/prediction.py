@@ -13,7 +13,7 @@ from metaformer.errors import InputError
 from metaformer.training.batches import Unreadable, checked
 from metaformer.training.distributed import join
 from metaformer.training.evaluation import outputs
-from metaformer.training.loader import shut_down, val_loader
+from metaformer.training.loader import naming_killed_loaders, shut_down, val_loader
 from metaformer.training.model import settings_of
 from metaformer.weights import Opened
 
@@ -73,18 +73,22 @@ def predict(
 ) -> tuple[list[Prediction], list[Unreadable]]:
     """The ``top`` classes of each readable picture with their probabilities, and the unreadable pictures."""
     processes, names = join(), names_of(opened)
-    config = settings_of(opened, {"device_batch": batch, "data_in_memory": False})
+    overrides = {"device_batch": batch, "data_in_memory": False}
+    if processes.device.type == "cpu":
+        overrides["precision"] = "float32"  # a run on a GPU may have used one that a CPU does not have
+    config = settings_of(opened, overrides)
     workers = min(processes.default_workers(), len(paths) // batch)
     loader = val_loader(config, Pictures(paths), processes, workers)
     model = opened.model.to(processes.device)
     predictions, unreadable = [], []
     try:
         batches = checked(progress(loader), len(paths), unreadable)
-        for logits, indices in outputs(model, batches, config, processes.device):
-            probabilities, classes = logits.softmax(1).topk(min(top, len(names)))
-            for index, *best in zip(indices.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
-                best = [{"class": names[i], "index": i, "probability": p} for p, i in zip(*best, strict=True)]
-                predictions.append({"file": str(paths[index]), "classes": best})
+        with naming_killed_loaders():
+            for logits, indices in outputs(model, batches, config, processes.device):
+                probabilities, classes = logits.softmax(1).topk(min(top, len(names)))
+                for index, *best in zip(indices.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
+                    best = [{"class": names[i], "index": i, "probability": p} for p, i in zip(*best, strict=True)]
+                    predictions.append({"file": str(paths[index]), "classes": best})
     finally:
         shut_down(loader)
     return predictions, unreadable

@@ -28,11 +28,14 @@ PACKAGES = (
 
 def provenance() -> dict[str, Any]:
     """Returns command, commit (and whether files differ from it), versions, hardware and the current time, for JSON."""
+    # A repository of the user's that only contains an environment with this package has another history.
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+    changes = git("status", "--porcelain", "--untracked-files=no") if tracked else None
     return {
         # The launcher sets this variable, because the processes that it starts have another command line.
         "command": os.environ.get("METAFORMER_COMMAND") or shlex.join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD") if tracked else None,
+        "uncommitted_changes": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **installed(), "cuda": torch.version.cuda},
         "hardware": {
             "cpu": cpu_name(),
@@ -104,15 +107,15 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], previous: Path |
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+            if previous and path.exists():
+                path.replace(previous)
+            beside.replace(path)
         except (OSError, RuntimeError) as error:
             if beside.exists():
                 beside.unlink()
             if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
                 raise error.__context__ from None  # torch.save raises an error of its own after that of a full disk
             raise
-        if previous and path.exists():
-            path.replace(previous)
-        beside.replace(path)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

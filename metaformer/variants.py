@@ -157,7 +157,8 @@ def released_file(
         InputError: the file cannot be fetched, or is damaged.
     """
     settings = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
-    return fetch(settings.url) if settings.url and not settings.file else None
+    elsewhere = settings.file or settings.hf_hub_id or settings.state_dict
+    return fetch(settings.url) if settings.url and not elsewhere else None
 
 
 def entry_point(name: str) -> Callable[..., nn.Module]:

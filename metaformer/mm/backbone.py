@@ -14,8 +14,9 @@ from metaformer.errors import InputError
 from metaformer.formats import StateDict
 from metaformer.mm.checkpoint import from_official_pyramid, load_from_path_or_url, rename_official
 from metaformer.model import MLN, MetaFormer, per_stage
-from metaformer.variants import VARIANTS, variant_arguments
+from metaformer.variants import variant_arguments
 from metaformer.weights import differences, listed, weights_of
+from metaformer.weights.described import check_trained_as
 
 
 @MODELS.register_module(name="MetaFormer")
@@ -110,14 +111,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
             return
         source, prefix = self.init_cfg["checkpoint"], self.init_cfg.get("prefix", "")
         checkpoint = load_from_path_or_url(source)
-        run = checkpoint.get("config")  # of a classifier trained here
-        if isinstance(run, dict) and run.get("model") in VARIANTS:
-            theirs, ours = (run["model"], run.get("model_args") or {}), (self.variant, self.arguments)
-            if theirs != ours:  # token mixers without weights and strides do not show in the names and shapes
-                raise InputError(
-                    f"{source} was trained as {theirs[0]} with model_args {theirs[1]}, but the backbone is {ours[0]} "
-                    f"with {ours[1]}: give the backbone the same variant and arguments"
-                )
+        check_trained_as(self.variant, self.arguments, checkpoint, source)
         weights = weights_of(checkpoint, ema=True)
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         weights = from_official_pyramid(weights)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from metaformer.errors import InputError
-from metaformer.provenance import provenance, sha256
+from metaformer.provenance import provenance, sha256, writing
 from metaformer.training.batches import Unreadable, checked
 from metaformer.training.config import Config
 from metaformer.training.data import load_data
@@ -131,5 +131,6 @@ def default_record_path(opened: Opened) -> Path:
     if opened.path and (opened.path.parent / "run.json").is_file():
         return opened.path.parent / "validation.json"
     folder = Path("runs")
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     return folder / f"validation-{opened.name}-{datetime.now():%Y%m%d-%H%M%S}.json"

@@ -16,7 +16,7 @@ from metaformer.training.config import Config, check
 from metaformer.training.data import class_differences
 from metaformer.variants import released_file
 from metaformer.weights import Opened, load_state, read_checkpoint, weights_of
-from metaformer.weights.described import described
+from metaformer.weights.described import architecture, check_trained_as, described
 from metaformer.weights.files import locate
 from metaformer.weights.loading import classifiers
 from metaformer.weights.opener import arguments_of, create
@@ -37,6 +37,7 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
         return model
     checkpoint = read_checkpoint(config.checkpoint)
     weights = weights_of(checkpoint)
+    check_trained_as(config.model, config.model_args, checkpoint, config.checkpoint)
     load_state(model, weights, config.checkpoint, config.replace_head)
     trained = described(locate(config.checkpoint), checkpoint, recognised(weights)).get("class_names")
     if config.replace_head and trained and class_names and set(trained) != set(class_names):
@@ -97,7 +98,7 @@ def settings_of(opened: Opened, overrides: dict[str, Any] | None = None) -> Conf
 
 def released_weights(config: Config) -> dict[str, str] | None:
     """Name and SHA-256 of the released file from which training starts; ``None`` without one."""
-    if not config.pretrained or config.model not in metaformer.VARIANTS:
+    if not config.pretrained or architecture(config.model) not in metaformer.VARIANTS:
         return None
     file = released_file(config.model)
     return {"file": file.name, "sha256": sha256(file)}

@@ -43,13 +43,15 @@ from 0, are `(k * x + 3 * k * y + 85 * c) % 256`. They are prepared as in valida
 
 
 def write_card(opened: Opened, folder: Path) -> None:
-    """Write ``README.md`` for the ``model.safetensors`` in ``folder``, which holds the weights of a run.
+    """Write ``README.md`` for the ``model.safetensors`` in ``folder`` if it holds the weights of a run's checkpoint.
 
     The card states the architecture, the data, the recipe, the accuracy after the epoch of the checkpoint, the
     versions, the SHA-256 of the weights, and logits with which a reader can check a copy.
     """
     run = read_json(opened.path.parent / "run.json")
     checkpoint = read_checkpoint(opened.path)
+    if "epoch" not in checkpoint:  # not written by the run itself
+        return
     epoch = checkpoint["epoch"]
     settings, data, start = run["settings"], run["data"], run["starts"][0]
     name = Path(data["data_dir"]).name or data["dataset"]

@@ -31,19 +31,49 @@ def described(path: Path, checkpoint: dict, kind: str | None) -> Settings:
     return {"model": name} if isinstance(name, str) and timm.is_model(name) else {}
 
 
+def check_trained_as(model: str, model_args: dict[str, Any], checkpoint: dict, source: str) -> None:
+    """Refuse the checkpoint of a run here for another model than the run's.
+
+    Token mixers without weights, and strides, do not show in the names and shapes of the tensors.
+
+    Args:
+        model, model_args: the model that is to start from the weights.
+    """
+    run = checkpoint.get("config")
+    if not isinstance(run, dict) or architecture(run.get("model")) not in variants.VARIANTS:
+        return
+    theirs = {key: as_list(value) for key, value in (run.get("model_args") or {}).items() if key != "img_size"}
+    ours = {key: as_list(value) for key, value in model_args.items() if key != "img_size"}
+    if (architecture(run["model"]), theirs) != (architecture(model), ours):
+        raise InputError(
+            f"{source} was trained as {run['model']} with model_args {theirs}, and the model here is {model} with "
+            f"{ours}: use the same name and arguments, or save the weights alone to start another model from them"
+        )
+
+
+def as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def of_timm_train(arguments: dict[str, Any], kind: str | None) -> Settings:
     """Settings from the arguments of timm's train.py."""
     names = ("model", "num_classes", "img_size", "crop_pct", "interpolation", "mean", "std", "drop", "drop_path")
     settings = {name: arguments.get(name) for name in names}
-    model_args = {"in_chans": arguments.get("in_chans"), "global_pool": arguments.get("gp"), **in_timm(kind)}
+    model_args = {"in_chans": arguments.get("in_chans"), "global_pool": arguments.get("gp")}
+    model_args |= in_timm(kind, arguments.get("model"))
     if size := arguments.get("input_size"):  # (C, H, W)
-        settings["img_size"], model_args["in_chans"] = size[1], size[0]
+        settings["img_size"], model_args["in_chans"] = list(size[1:]), size[0]
     return {**settings, "model_args": {**model_args, **(arguments.get("model_kwargs") or {})}}
 
 
-def in_timm(kind: str | None) -> Settings:
+def in_timm(kind: str | None, model: str | None) -> Settings:
     """The argument that makes our class compute what timm's class computes, if the tensors have timm's names."""
-    return {"pool_before_norm": True} if kind == "timm" else {}
+    return {"pool_before_norm": True} if kind == "timm" and architecture(model) in variants.VARIANTS else {}
+
+
+def architecture(model: str | None) -> str:
+    """A model's name without timm's tag, which names the weights."""
+    return str(model).partition(".")[0]
 
 
 def of_folder(folder: Path, kind: str | None) -> Settings:
@@ -51,14 +81,14 @@ def of_folder(folder: Path, kind: str | None) -> Settings:
     config = read_json(folder / "config.json")
     if "architecture" in config:
         cfg = config.get("pretrained_cfg", config)
-        model_args = {**in_timm(kind), **(config.get("model_args") or {})}
+        model_args = {**in_timm(kind, config["architecture"]), **(config.get("model_args") or {})}
         return {
             "model": config["architecture"],
             "model_args": {key: value for key, value in model_args.items() if key != "num_classes"},
             "num_classes": config.get("num_classes"),
             "class_names": ordered(config.get("label_names")),
             "img_size": (cfg.get("input_size") or ())[-2:] or None,
-            **{key: cfg.get(key) for key in ("crop_pct", "interpolation", "mean", "std")},
+            **{key: cfg.get(key) for key in ("crop_pct", "crop_mode", "interpolation", "mean", "std")},
         }
     if config.get("model_type") != "poolformer":
         return {}
@@ -99,7 +129,7 @@ def of_processor(folder: Path) -> Settings:
         )
     return {
         "img_size": crop,
-        "crop_pct": processor.get("crop_pct"),
+        "crop_pct": processor.get("crop_pct", 0.9) or 1.0,  # transformers' default, and its meaning of null
         "interpolation": Image.Resampling(processor.get("resample", Image.Resampling.BICUBIC)).name.lower(),
         "mean": processor.get("image_mean"),
         "std": processor.get("image_std"),

@@ -32,6 +32,12 @@ PLAIN_DATA = [
 ]
 """Classes and functions that a checkpoint may contain besides those that ``torch.load(weights_only=True)`` allows."""
 
+NOT_A_CHECKPOINT = (
+    *(SafetensorError, RuntimeError, EOFError, ValueError, OSError),
+    *(LookupError, TypeError, AttributeError, AssertionError),  # of unpickling text
+)
+"""What reading another file than a checkpoint raises."""
+
 
 class History:
     """Stands in for mmengine's ``HistoryBuffer`` while mmengine is not imported."""
@@ -93,8 +99,10 @@ def read_checkpoint(source: str | Path) -> dict:
                 "ask its author for a file of weights only"
             ) from error
         raise damaged(path) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise error if isinstance(error, InputError) else damaged(path) from error
+    except InputError:
+        raise
+    except NOT_A_CHECKPOINT as error:
+        raise damaged(path) from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
     return checkpoint

@@ -1,5 +1,6 @@
 """Load a state dict into a model, either completely or not at all."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,15 +11,17 @@ from metaformer.formats import FROM, StateDict, recognised
 from metaformer.model import MetaFormer
 from metaformer.weights.files import read_checkpoint
 
+WRAPPED = re.compile(r"^(module\.|_orig_mod\.|timm_model\.)+")
+"""What DistributedDataParallel, torch.compile and transformers' TimmWrapper put before a tensor's name."""
+
 
 def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
     """The weights in a checkpoint, bare or under ``state_dict`` or ``model``; their moving average if ``ema`` and
     kept."""
     keys = ["state_dict_ema", "state_dict", "model"] if ema else ["state_dict", "model"]
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
-    for prefix in ("module.", "timm_model."):  # of DistributedDataParallel, of transformers' TimmWrapper
-        if weights and all(str(name).startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    if all(WRAPPED.match(str(name)) for name in weights):
+        weights = {WRAPPED.sub("", name): tensor for name, tensor in weights.items()}
     return weights
 
 

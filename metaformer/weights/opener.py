@@ -12,7 +12,7 @@ from metaformer import variants
 from metaformer.errors import InputError, MachineError, nearest
 from metaformer.formats import FROM, StateDict, recognised
 from metaformer.model import MetaFormer
-from metaformer.weights.described import Settings, described
+from metaformer.weights.described import Settings, architecture, described
 from metaformer.weights.files import locate, read_checkpoint
 from metaformer.weights.loading import classifiers, load_state, named_for, weights_of
 
@@ -72,7 +72,7 @@ def with_settings(source: str | Path, model: str | None, found: Settings) -> Ope
     if not Path(source).exists() and (str(source) == model or timm.is_model(str(source))):
         name, kind = str(source), None
         built = create(name, None, arguments_of(name, found), pretrained=True)
-        path = variants.released_file(name) if name in variants.VARIANTS else None
+        path = variants.released_file(name) if architecture(name) in variants.VARIANTS else None
     else:
         path = locate(source)
         checkpoint = read_checkpoint(path)
@@ -89,14 +89,19 @@ def with_settings(source: str | Path, model: str | None, found: Settings) -> Ope
     names = found.pop("class_names", None)
     if names and len(names) != built.num_classes:
         raise InputError(f"{path} names {len(names)} classes, but its classifier has {built.num_classes}")
-    given = {key: found[key] for key in INPUTS if found.get(key) is not None}
-    own = resolve_data_config(given, model=built)
+    config = found if "epochs" in found else None
+    given = {key: found[key] for key in (*INPUTS, "crop_mode") if found.get(key) is not None}
+    own = resolve_data_config({**given, "crop_mode": "center"} if config else given, model=built)
+    if own["crop_mode"] != "center":
+        raise InputError(
+            f"{source} takes pictures with crop_mode={own['crop_mode']!r}, and pictures are cropped to their center "
+            "here only: use timm's own commands"
+        )
     size = tuple(map(int, to_2tuple(found.get("img_size") or model_args.get("img_size") or own["input_size"][1:])))
     own["input_size"] = (own["input_size"][0], *size)
     built.pretrained_cfg = {**built.pretrained_cfg, **own}  # where timm's functions look for the input settings
     mean, std = (tuple(map(float, own[name])) for name in ("mean", "std"))
     inputs = (float(own["crop_pct"]), own["interpolation"], mean, std)
-    config = found if "epochs" in found else None
     kind = kind if isinstance(built, MetaFormer) else None
     return Opened(built.eval(), name, size, *inputs, names, model_args, config, path, kind)
 
@@ -128,12 +133,13 @@ def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretra
     except TypeError as error:
         raise InputError(f"{name} does not take these arguments: {error}") from error
     except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"cannot fetch the released weights of {name} ({reason}): give a checkpoint instead"
-        ) from error
+        if isinstance(error, OSError):
+            raise InputError(
+                f"cannot fetch the released weights of {name} ({reason}): give a checkpoint instead"
+            ) from error
+        weights = ", whose released weights may not fit them" if pretrained else ""
+        raise InputError(f"{name} cannot be built with these arguments{weights}: {reason}") from error
 
 
 def arguments_of(name: str, settings: Settings) -> dict[str, Any]:
@@ -142,10 +148,6 @@ def arguments_of(name: str, settings: Settings) -> dict[str, Any]:
     if architecture(name) in variants.VARIANTS:
         arguments["img_size"] = settings.get("img_size")  # for token mixers that fix the number of tokens
     return {**arguments, **(settings.get("model_args") or {})}
-
-
-def architecture(name: str) -> str:
-    return str(name).partition(".")[0]  # after the dot, timm names the weights
 
 
 def fixes_size(model: nn.Module) -> bool:

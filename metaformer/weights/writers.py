@@ -19,6 +19,7 @@ from metaformer.model import MetaFormer
 from metaformer.provenance import write_file, write_json, writing
 from metaformer.variants import POOLFORMERS, VARIANTS
 from metaformer.weights.card import write_card
+from metaformer.weights.described import architecture
 from metaformer.weights.loading import load_state
 from metaformer.weights.opener import Opened, fixes_size
 
@@ -51,14 +52,15 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
         raise InputError(f"{to} has no {opened.name}, which is not a MetaFormer: use timm-hf")
     if to == "hf":
         return write_transformers_folder(opened, target)
-    known = MODELS.get(to, [opened.name])
-    if opened.name not in known:
+    name = architecture(opened.name)
+    known = MODELS.get(to, [name])
+    if name not in known:
         raise InputError(f"{to} has no {opened.name}: it has {', '.join(known)}")
     content, remarks = convert(model.state_dict(), to), []
     if to == "timm":
         remarks = compared_with_timm(opened)
     elif to == "ours":
-        own = {"model": opened.name, "model_args": opened.model_args, "img_size": opened.size[0], **opened.inputs}
+        own = {"model": opened.name, "model_args": opened.model_args, "img_size": list(opened.size), **opened.inputs}
         content = {
             "arch": opened.name,
             "config": {**own, **(opened.config or {})},
@@ -78,7 +80,7 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
 
 
 def compared_with_timm(opened: Opened) -> list[str]:
-    model, build = opened.model, getattr(timm.models.metaformer, opened.name)
+    model, build = opened.model, getattr(timm.models.metaformer, architecture(opened.name))
     theirs = build(num_classes=model.num_classes, in_chans=model.in_chans)
     check_same(opened, theirs, "timm", "timm's class", "forward_features")
     theirs.load_state_dict(convert(model.state_dict(), "timm"))
@@ -104,7 +106,7 @@ def write_timm_folder(opened: Opened, folder: Path) -> list[str]:
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes", None)  # TimmWrapper gives it to timm.create_model itself
     write_json(folder / "config.json", config)
-    if opened.path and (opened.path.parent / "run.json").is_file():
+    if opened.config and (opened.path.parent / "run.json").is_file():
         write_card(opened, folder)
     return []
 
