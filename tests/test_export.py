@@ -101,6 +101,27 @@ def test_attention_varies_in_size(tmp_path, to):
     assert_same(outputs_of(tmp_path / "file", to, images), {"logits": model(images)})
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_patch_embeddings_without_overlap(tmp_path, to):
+    model = randomise(timm.create_model("metaformer_s12_patches", num_classes=3, **SMALL)).eval()
+    smallest = 32 if to == "onnx" else 64
+    assert f"from {smallest} pixels a side" in export.export(model, (96, 64), to, tmp_path / "file")
+    images = torch.randn(3, 3, smallest, 101)
+    assert_same(outputs_of(tmp_path / "file", to, images), {"logits": model(images)})
+
+
+class Branches(torch.nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_pytorch_cannot_export_is_named(tmp_path, to):
+    with pytest.raises(InputError, match=f"PyTorch cannot export this Branches to {to}: "):
+        export.export(Branches(), (8, 8), to, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
 def test_moving_average_and_other_architectures(exported, tmp_path):
     model = save_run(tmp_path / "run", "resnet18", model_args={}, ema_decay=0.5)
     out = ("--to", "torch-export", "--out", tmp_path / "file")

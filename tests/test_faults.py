@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.data import create_dataset
 
 from conftest import EVERYTHING_RANDOM, trained
-from metaformer import InputError, records
+from metaformer import InputError, provenance, records
 from metaformer.analysis import readme
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.studies import faults
@@ -436,6 +436,25 @@ def test_a_disk_that_fills_up_while_torch_saves_is_named(size, tmp_path):
     with pytest.raises(InputError, match=r"^cannot write .*/last.pt: No space left on device$"):
         write_file(tmp_path / "last.pt", write, previous=tmp_path / "previous.pt")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"last.pt": b"before"}
+
+
+def test_a_file_in_place_of_a_folder_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"^cannot write .*/folder: Is a directory$"):
+        write_file(tmp_path / "folder", lambda file: file.write(b"content"))
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_repository_around_an_environment_is_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "provenance.py").touch()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "theirs"], check=True)
+    found = provenance.provenance()
+    assert (found["commit"], found["uncommitted_changes"]) == (None, None)
+    subprocess.run([*git, "add", "."], check=True)
+    assert len(provenance.provenance()["commit"]) == 40
 
 
 def test_where_the_record_cannot_be_written_the_first_error_is_the_one_said(run, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metaformer
 from metaformer import MetaFormerBlock, kernels
+from metaformer.folding import FoldedBlock
 from metaformer.fused import FusedBlock, applies, mlp_half, pooling_half
 from oracles import randomise, relative_error, timm_twin
 
@@ -672,6 +673,15 @@ def test_folded_models_are_exported(tmp_path):
         assert relative_error(exported.module()(images), folded(images)) < 1e-5
         compiled = torch.compile(folded, backend="aot_eager", fullgraph=True)
         assert relative_error(compiled(images), folded(images)) < 1e-5
+
+
+def test_a_block_alone_is_folded():
+    block = randomise(MetaFormerBlock(8)).eval()
+    maps = drawn(2, 8, 5, 6).float()
+    folded = metaformer.fuse(block)
+    assert isinstance(folded, FoldedBlock)
+    with torch.inference_mode():
+        assert relative_error(folded(maps), block(maps)) < 1e-6
 
 
 def test_folding_needs_a_block_to_fold():

@@ -222,6 +222,15 @@ def test_classifier_arguments(images):
     assert model(images[:, :1]).shape == (2, 11)
     model.reset_classifier(0)
     assert model(images[:, :1]).shape == (2, model.num_features)
+    with pytest.raises(InputError, match="leaves no vector to classify"):
+        model_of("poolformer_s12", global_pool="")
+    model.reset_classifier(0, global_pool="")
+    with pytest.raises(InputError, match="leaves no vector to classify"):
+        model.reset_classifier(3)
+
+
+def test_layer_scale_may_start_at_a_whole_number(images):
+    assert (model_of("poolformer_s12", layer_scale_init=1).stages[0].blocks[0].layer_scale1 == 1).all()
 
 
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2), (-1,)])
@@ -554,6 +563,7 @@ class Executes:
         (None, "there is no checkpoint"),
         (b"", "damaged"),
         (b"not a checkpoint", "damaged"),
+        (b"epoch,train_loss,eval_loss\n", "damaged"),  # the unpickler takes these letters for operations
         ("truncated", "damaged"),
         (Executes(), "could run code"),
         ([1, 2], "holds a list"),

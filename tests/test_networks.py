@@ -80,6 +80,13 @@ def test_the_card_of_weights_within_an_epoch_states_no_accuracy(run, tmp_path, m
     assert "| Trained | 1 of 2 epochs on 24 pictures, seed 42 |" in card.text
 
 
+def test_converted_weights_beside_a_run_get_no_card(run, tmp_path):
+    folder = run()
+    write(open_checkpoint(folder), "ours", folder / "weights.pt")
+    write(open_checkpoint(folder / "weights.pt"), "timm-hf", tmp_path / "folder")
+    assert not (tmp_path / "folder/README.md").exists()
+
+
 def test_a_damaged_record_of_the_run_is_refused(run, tmp_path):
     folder = run()
     (folder / "run.json").write_text("{")

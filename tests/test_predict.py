@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from transformers import PoolFormerImageProcessor
 from transformers.image_utils import load_image
 
 import metaformer
+from conftest import run_script
 from metaformer import open_checkpoint
 from metaformer.prediction import Pictures, names_of
 from metaformer.training.batches import Images, transform
@@ -107,6 +110,14 @@ def test_all_kinds_of_pictures_and_those_that_cannot_be_read(tmp_path, predicted
     assert {prediction["file"].rpartition("/")[2] for prediction in json.loads(out)} == MODES.keys()
     assert err.count("cannot read") == 1
     assert "broken.jpg: UnidentifiedImageError" in err
+
+
+def test_a_run_in_float16_and_a_name_that_is_not_text(pictures, tmp_path, capfdbinary):
+    save_run(tmp_path / "run", precision="float16")
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    shutil.copy(next((pictures / "val/a").iterdir()), name)
+    assert run_script("classification/predict.py", os.fsdecode(name), "--checkpoint", tmp_path / "run") == 0
+    assert capfdbinary.readouterr().out.startswith(name + b"\n  ")
 
 
 def test_pictures_are_turned_as_the_camera_says(tmp_path):

@@ -33,6 +33,8 @@ from metaformer.prediction import predict
 from metaformer.training.config import Config
 from metaformer.training.model import released_weights
 from metaformer.weights import read_checkpoint
+from metaformer.weights.described import of_timm_train
+from metaformer.weights.opener import create
 from metaformer.weights.writers import write
 from oracles import SMALL, hf_twin, randomise, relative_error, save_run, timm_twin
 
@@ -140,6 +142,18 @@ def test_pretrained_fetches_the_released_file(name, tmp_path, monkeypatch):
     )
 
 
+def test_a_source_that_the_user_names_replaces_the_release(monkeypatch):
+    def fetch(url):
+        raise AssertionError(url)
+
+    monkeypatch.setattr(metaformer.variants, "fetch", fetch)
+    model = randomise(timm.create_model("poolformer_s12"))
+    overlay = {"state_dict": metaformer.convert(model.state_dict(), "official")}
+    assert same(timm.create_model("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay), model)
+    overlay = {"hf_hub_id": "someone/else"}
+    assert metaformer.variants.released_file("poolformer_s12", pretrained_cfg_overlay=overlay) is None
+
+
 def test_a_damaged_download_is_refused_and_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     model = randomise(timm.create_model("poolformer_s12"))
@@ -189,7 +203,8 @@ def test_mmpretrain_names():
 
 @pytest.mark.parametrize("to", TO)
 @pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w, "epoch": 3},
-                                  lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}}])  # fmt: skip
+                                  lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}},
+                                  lambda w: {f"_orig_mod.module.{k}": v for k, v in w.items()}])  # fmt: skip
 def test_load_weights_takes_every_format(to, wrap, tmp_path):
     model, loaded = randomise(small()), small()
     torch.save(wrap(metaformer.convert(model.state_dict(), to)), tmp_path / "weights.pth")
@@ -375,12 +390,15 @@ def test_a_released_name_is_fetched(tmp_path, monkeypatch, images):
     opened = open_checkpoint("poolformer_s12")
     assert torch.equal(opened.model(images), model(images))
     assert (opened.path, opened.size, opened.crop_pct, opened.config) == (file, (224, 224), 0.9, None)
+    assert open_checkpoint("poolformer_s12.sail_in1k").path == file
+    with pytest.raises(InputError, match=r"does not have its released weights with these arguments"):
+        open_checkpoint("poolformer_s12", model_args={"depths": [2, 2, 2, 2]})
     with pytest.raises(InputError, match=r"cannot fetch the released weights of metaformer_s12_relu .*No pretrained"):
         open_checkpoint("metaformer_s12_relu")
 
 
 @pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize("name", ["poolformer_s12", "resnet18"])
+@pytest.mark.parametrize("name", ["poolformer_s12", "resnet18", "regnetx_002"])  # the last has a tensor stem.conv.*
 def test_checkpoints_of_timm_s_own_training_script(name, ours, tmp_path, images):
     """As timm.utils.CheckpointSaver writes them, with the class of ours, or with timm's own, which averages first."""
     arguments = {"num_classes": 5, "in_chans": 3}
@@ -400,6 +418,16 @@ def test_checkpoints_of_timm_s_own_training_script(name, ours, tmp_path, images)
         assert (opened.name, opened.size, opened.crop_pct) == (name, (64, 64), 0.8)
         assert (opened.interpolation, opened.mean) == ("bilinear", (0.5, 0.5, 0.5))
         assert opened.std == timm.get_pretrained_cfg(name).std
+
+
+def test_timm_s_input_size_need_not_be_a_square():
+    settings = of_timm_train({"model": "poolformer_s12", "input_size": (1, 64, 96)}, None)
+    assert (settings["img_size"], settings["model_args"]["in_chans"]) == ([64, 96], 1)
+
+
+def test_arguments_that_pytorch_refuses():
+    with pytest.raises(InputError, match=r"poolformer_s12 cannot be built with these arguments: .*negative dimension"):
+        create("poolformer_s12", None, {"in_chans": -1})
 
 
 def test_classes_are_counted_at_the_model_s_own_classifier(tmp_path):
@@ -574,6 +602,15 @@ def test_files_of_weights(to, convert, images, tmp_path):
         assert (back.size, back.interpolation, back.class_names) == ((32, 32), "bilinear", ["a", "b", "c"])
 
 
+def test_a_name_with_timm_s_tag_is_that_of_the_model(tmp_path):
+    model = timm.create_model("poolformer_s12", num_classes=3).eval()
+    torch.save({"arch": "poolformer_s12.sail_in1k", "state_dict": model.state_dict()}, tmp_path / "weights.pt")
+    write(open_checkpoint(tmp_path / "weights.pt"), "official", tmp_path / "official.pt")
+    loaded = timm.create_model("poolformer_s12", num_classes=3)
+    assert metaformer.load_weights(loaded, tmp_path / "official.pt") == "official"
+    assert same(loaded, model)
+
+
 def test_timm_s_head_is_written_for_timm_without_a_difference(convert, images, tmp_path):
     model = save_run(tmp_path / "run", model_args={"pool_before_norm": True})
     assert "differ" not in convert(tmp_path / "run", tmp_path / "weights.pth", "--to", "timm")
@@ -643,6 +680,9 @@ def test_folders_of_transformers_tell_their_model_classes_and_preprocessing(tmp_
     assert (opened.name, opened.class_names) == ("poolformer_s24", list("jihgfedcba"))
     assert (opened.size, opened.crop_pct, opened.interpolation) == ((224, 224), 0.8, "bilinear")
     assert opened.mean == (0.5, 0.5, 0.5)
+    for stated, crop_pct in [({}, PoolFormerImageProcessor().crop_pct), ({"crop_pct": None}, 1.0)]:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+        assert open_checkpoint(tmp_path).crop_pct == crop_pct
     for name, content, says in [
         ("preprocessor_config.json", {"do_normalize": False}, "prepares pictures otherwise"),
         ("preprocessor_config.json", {"size": 256, "crop_size": 224}, "prepares pictures otherwise"),
@@ -651,6 +691,7 @@ def test_folders_of_transformers_tell_their_model_classes_and_preprocessing(tmp_
         ("config.json", {"model_type": "poolformer", "strides": 4}, r"a setting of .* cannot be used \(TypeError: "),
         ("config.json", {"architecture": "poolformer_s24", "model_args": {"in_chans": -1}}, "negative dimension"),
         ("config.json", {"architecture": "poolformer_s24", "crop_pct": "all"}, "could not convert string to float"),
+        ("config.json", {"architecture": "poolformer_s24", "crop_mode": "squash"}, "with crop_mode='squash'"),
     ]:
         (tmp_path / name).write_text(json.dumps(content))
         with pytest.raises(InputError, match=says):
@@ -688,6 +729,8 @@ def test_images_that_are_no_squares(tmp_path, picture):
     with pytest.raises(InputError, match="transformers' processor crops squares"):
         write(opened, "hf", tmp_path / "hf")
     write(opened, "timm-hf", tmp_path / "folder")
-    back = open_checkpoint(tmp_path / "folder")
-    assert back.size == (32, 64)
-    assert torch.equal(back.model(images), model(images))
+    write(opened, "ours", tmp_path / "weights.pt")
+    for source in ("folder", "weights.pt"):
+        back = open_checkpoint(tmp_path / source)
+        assert back.size == (32, 64)
+        assert torch.equal(back.model(images), model(images))

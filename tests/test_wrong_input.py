@@ -160,7 +160,8 @@ def test_label_out_of_range():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["model_args={depths: [1, 1, 1, 1], dims: [8, 12, 16, 24]}"], r"another architecture .* unexpected"),
+        (["model_args={depths: [1, 1, 1, 1], dims: [8, 12, 16, 24]}"], r"was trained as poolformer_s12 with .*depths"),
+        (["model=metaformer_s12_identity"], r"and the model here is metaformer_s12_identity"),
         (["replace_head=true"], None),
         ([], r"has a classifier of 3 classes and the model one of 2: use replace_head=true"),
     ],

@@ -134,12 +134,12 @@ def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretra
         raise InputError(f"{name} does not take these arguments: {error}") from error
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, OSError):
+        if pretrained and "loading state_dict" not in reason:
             raise InputError(
                 f"cannot fetch the released weights of {name} ({reason}): give a checkpoint instead"
             ) from error
-        weights = ", whose released weights may not fit them" if pretrained else ""
-        raise InputError(f"{name} cannot be built with these arguments{weights}: {reason}") from error
+        what = "does not have its released weights with" if pretrained else "cannot be built with"
+        raise InputError(f"{name} {what} these arguments: {reason}") from error
 
 
 def arguments_of(name: str, settings: Settings) -> dict[str, Any]:
