@@ -270,7 +270,7 @@ class MlpHalf(Function):
 
             kept = grad if keep is None else keep * grad
             scaled = kept if layer_scale is None else kernels.factor(layer_scale) * kept
-            d_w2 = (kernels.rows(kept.to(dtype)).t() @ kernels.rows(active)).to(w2.dtype)
+            d_w2 = kernels.pointwise_weight(kept.to(dtype), active).to(w2.dtype)
             d_b2 = kernels.rows(kept).sum(0)
             d_scale = None
             if layer_scale is not None:
@@ -280,7 +280,7 @@ class MlpHalf(Function):
             d_hidden = kernels.pointwise(scaled.to(dtype), w2.to(dtype).t())
             torch.ops.aten.gelu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
             d_b1 = kernels.rows(d_hidden).sum(0, dtype=b1.dtype)
-            by_normalised = (kernels.rows(d_hidden).t() @ kernels.rows(normalised)).to(w1.dtype)
+            by_normalised = kernels.pointwise_weight(d_hidden, normalised).to(w1.dtype)
             d_w1 = torch.addcmul(d_b1[:, None] * beta, by_normalised, gamma)
             d_gamma, d_beta = (by_normalised * w1).sum(0), d_b1 @ w1
             d_x = grad + kernels.statistics_backward(kernels.pointwise(d_hidden, weight.to(dtype).t()), x, found)

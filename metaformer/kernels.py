@@ -88,15 +88,31 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool 
     writes. Without it the convolution is faster, and inductor reaches oneDNN through the convolution only.
     """
     compiling = torch.compiler.is_compiling()
-    onednn = compiling or (x.dtype == torch.float32 and torch.backends.mkldnn.is_available())
-    if x.device.type != "cpu" or not onednn:
-        product = maps(F.linear(rows(x), weight, bias), x)
-    elif AVX512 and not compiling:
+    onednn = x.device.type == "cpu" and (
+        compiling or (x.dtype == torch.float32 and torch.backends.mkldnn.is_available())
+    )
+    if onednn and AVX512 and not compiling:
         epilogue = ("gelu", [], "none") if gelu else ("none", [], "")
         return maps(torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, *epilogue), x)
-    else:
+    if onednn or may_use_tf32(x):
         product = F.conv2d(x, weight[:, :, None, None], bias)
+    else:
+        product = maps(F.linear(rows(x), weight, bias), x)
     return torch.ops.aten.gelu_(product) if gelu else product
+
+
+def pointwise_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the weight (K, C) of :func:`pointwise` from that of its output (B, K, H, W)."""
+    if may_use_tf32(x):
+        weight, geometry = x.new_empty(grad.shape[1], x.shape[1], 1, 1), ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        backward = torch.ops.aten.convolution_backward
+        return backward(grad, x, weight, None, *geometry, [False, True, False])[1].flatten(1)
+    return rows(grad).t() @ rows(x)
+
+
+def may_use_tf32(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` may use TF32: PyTorch allows it there by default, and not in matrix products."""
+    return x.is_cuda and x.dtype == torch.float32
 
 
 def channels_last(x: Tensor) -> Tensor:

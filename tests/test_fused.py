@@ -85,10 +85,12 @@ def test_derivatives_of_the_pooling_half(pool_size, layer_scale, dropped):
     assert gradgradcheck(half, inputs)
 
 
+@pytest.mark.parametrize("convolve", [False, True])  # as on a GPU in float32
 @pytest.mark.parametrize(
     ("recompute", "layer_scale", "dropped"), [(False, True, True), (True, False, False), (True, True, True)]
 )
-def test_derivatives_of_the_mlp_half(recompute, layer_scale, dropped):
+def test_derivatives_of_the_mlp_half(recompute, layer_scale, dropped, convolve, monkeypatch):
+    monkeypatch.setattr(kernels, "may_use_tf32", lambda x: convolve)
     shapes = [(3,), (3,), (6, 3, 1, 1), (6,), (3, 6, 1, 1), (3,)] + [(3,)] * layer_scale
     weights = [drawn(*shape).requires_grad_() for shape in shapes]
     keep = torch.tensor([0.0, 2.0]).double().view(2, 1, 1, 1) if dropped else None
