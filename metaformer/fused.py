@@ -76,7 +76,7 @@ EXPECTED = {
     Pooling: {"subtract": True},
     nn.AvgPool2d: {"stride": 1, "ceil_mode": False, "count_include_pad": False, "divisor_override": None},
     ChannelMlp: {},
-    nn.Conv2d: {"stride": (1, 1), "padding": (0, 0), "groups": 1},
+    nn.Conv2d: {"stride": (1, 1), "padding": (0, 0)},
     nn.GELU: {"approximate": "none"},
     DropPath: {},
     nn.Identity: {},
@@ -186,7 +186,7 @@ def mlp_half(
         sample = len(w1) * x.shape[2:].numel() * x.element_size()
         small = len(x) * sample <= CACHED
         arguments = (eps, 0 if recompute else 2 if on_cpu and small else 1, dtype, *weights)
-        if small or not on_cpu:
+        if not on_cpu or small:
             return MlpHalf.apply(x, keep, *arguments)
         parts = x.split(max(1, CACHED // sample))
         keeps = [None] * len(parts) if keep is None else keep.split(len(parts[0]))

@@ -137,8 +137,7 @@ def maps(matrix: Tensor, like: Tensor) -> Tensor:
 
 def maps_of_samples(matrix: Tensor, like: Tensor) -> Tensor:
     """A matrix (B, H * W * C) as maps of the shape of ``like``."""
-    batch, channels, height, width = like.shape
-    return matrix.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return maps(matrix.view(-1, like.shape[1]), like)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
