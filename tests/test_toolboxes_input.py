@@ -128,6 +128,21 @@ def test_the_authors_segmentors_are_read(segmentor, tmp_path):
         assert torch.equal(tensor, content["state_dict"][name])
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_what_was_checked_is_what_is_loaded(segmentor, tmp_path, key):
+    config, checkpoint = segmentor
+    weights = torch.load(checkpoint, weights_only=False)["state_dict"]
+    torch.save({key: weights}, tmp_path / "weights.pth")
+    source = {"load_from": str(tmp_path / "weights.pth")}
+    still = {"optim_wrapper.optimizer.lr": 0.0, "train_cfg.max_iters": 1}
+    tested, tuned = runner(config, tmp_path / "a", **source), runner(config, tmp_path / "b", **source, **still)
+    tested.test()
+    tuned.train()
+    for run in (tested, tuned):
+        for name, parameter in run.model.named_parameters():
+            assert torch.equal(parameter, weights[name]), name
+
+
 def test_training_stops_at_a_loss_that_is_not_finite(segmentor, tmp_path):
     config, _ = segmentor
     diverging = runner(config, tmp_path / "nan")

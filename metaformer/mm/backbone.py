@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Sequence
+from copy import copy
+from inspect import signature
 from typing import Any
 
 from mmengine.logging import print_log
@@ -141,7 +143,7 @@ def parts(names: set[str]) -> str:
 
 def weights_for(model: nn.Module, checkpoint: dict) -> StateDict:
     """The weights in a checkpoint of a detector or segmentor, also an official one, under the names of ``model``."""
-    weights = dict(weights_of(checkpoint, ema=False))
+    weights = copy(weights_of(checkpoint, ema=False))  # with the versions of the modules, which dict() would drop
     for name, module in model.named_modules():
         if isinstance(module, MetaFormerBackbone):
             rename_official(module, weights, f"{name}.")

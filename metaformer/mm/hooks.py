@@ -33,6 +33,9 @@ from metaformer.weights import differences, listed
 class WholeCheckpoint(Hook):
     """Refuses a checkpoint of another model, which mmengine would load in part, and a checkpoint of other classes.
 
+    mmengine reads weights under ``state_dict`` or bare. The weights that were checked are put there, so that those of a
+    checkpoint that has them under ``model`` are loaded as well.
+
     For fine-tuning (``load_from`` without ``resume``), heads and classes may differ; the log states the differences.
     """
 
@@ -42,7 +45,7 @@ class WholeCheckpoint(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = bare(runner.model)
-        weights = weights_for(model, checkpoint)
+        weights = checkpoint["state_dict"] = weights_for(model, checkpoint)
         source = str(runner._load_from or runner.work_dir)
         in_training = isinstance(runner._train_loop, BaseLoop)
         loader = runner.train_dataloader if in_training else runner.test_dataloader
