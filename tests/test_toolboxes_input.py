@@ -185,6 +185,38 @@ def test_classes_of_the_checkpoint_must_be_those_of_the_data(segmentor, tmp_path
     assert load_model(str(tmp_path / "other.py"), str(checkpoint), "cpu").dataset_meta["classes"] == SCENES
 
 
+def test_a_schedule_that_ends_before_the_training(segmentor, tmp_path, monkeypatch):
+    config, _ = segmentor
+    logged = []
+    monkeypatch.setattr(metaformer.mm.hooks, "print_log", lambda message, **_: logged.append(message))
+    decay = {"type": "PolyLR", "power": 0.9, "eta_min": 0.0, "begin": 0, "end": 2, "by_epoch": False}
+    warm_up = {"type": "LinearLR", "start_factor": 0.1, "begin": 0, "end": 2, "by_epoch": False}
+    with pytest.raises(
+        InputError, match=r"PolyLR .* ends after 2 iterations, training after 4, and .* is 0 in between"
+    ):
+        runner(config, tmp_path / "a", param_scheduler=[warm_up, decay]).train()
+    logged.clear()
+    runner(config, tmp_path / "b", param_scheduler=[{**decay, "eta_min": 1e-5}, warm_up]).train()
+    assert "PolyLR of param_scheduler ends after 2 iterations, training after 4, and the learning rate is" in logged[0]
+    logged.clear()
+    runner(config, tmp_path / "c", param_scheduler=[warm_up, {**decay, "begin": 2, "end": 4}]).train()
+    assert not [message for message in logged if "param_scheduler" in message]
+
+
+def test_the_recorded_speed_is_that_of_this_start(segmentor, tmp_path):
+    config, checkpoint = segmentor
+    content = torch.load(checkpoint, weights_only=False)
+    content["message_hub"]["log_scalars"]["train/time"]._log_history[:] = 1e6  # seconds, on other hardware
+    torch.save(content, tmp_path / "slow.pth")
+    resumed = runner(config, tmp_path / "resumed", load_from=str(tmp_path / "slow.pth"), resume=True)
+    resumed.train()
+    (record,) = (tmp_path / "resumed").glob("*/training.json")
+    assert json.loads(record.read_text())["images_per_s"] > 1e-2
+    over = runner(config, tmp_path / "over", load_from=str(tmp_path / "resumed/iter_4.pth"), resume=True)
+    over.train()
+    assert not list((tmp_path / "over").glob("*/training.json"))
+
+
 @pytest.mark.parametrize(("split", "classes"), [("val", REORDERED), ("test", RENAMED), ("val", ("sky", "ground"))])
 def test_classes_of_all_data_must_be_the_same(segmentor, tmp_path, split, classes):
     config, _ = segmentor

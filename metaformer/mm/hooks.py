@@ -16,6 +16,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import PolyLR, _ParamScheduler
 from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import BaseLoop, Runner
@@ -136,13 +137,33 @@ def check_crops(runner: Runner) -> None:
 
 
 def check_schedule(runner: Runner) -> None:
-    """Warn if a schedule ends after the training. A warm-up that long keeps the learning rate low throughout."""
-    for scheduler in runner.param_schedulers if isinstance(runner.param_schedulers, list) else []:
-        loop, unit = runner.train_loop, "epochs" if scheduler.by_epoch else "iterations"
-        length = loop.max_epochs if scheduler.by_epoch else loop.max_iters
-        if length < scheduler.end < INF:
-            message = f"{type(scheduler).__name__} of param_scheduler ends after {scheduler.end} {unit}, training after"
-            print_log(f"{message} {length}: set its end", logger="current", level=logging.WARNING)
+    """Warn if a scheduler ends after the training, as a warm-up that keeps the learning rate low throughout, or if all
+    end before it.
+
+    Raises:
+        InputError: the last of them is a ``PolyLR`` that ends before the training at a learning rate of 0.
+    """
+    schedulers = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
+    loop = runner.train_loop
+
+    def length(scheduler: _ParamScheduler) -> int:
+        return loop.max_epochs if scheduler.by_epoch else loop.max_iters
+
+    def ends(scheduler: _ParamScheduler) -> str:
+        unit = "epochs" if scheduler.by_epoch else "iterations"
+        name = type(scheduler).__name__
+        return f"{name} of param_scheduler ends after {scheduler.end} {unit}, training after {length(scheduler)}"
+
+    for scheduler in schedulers:
+        if length(scheduler) < scheduler.end < INF:
+            print_log(f"{ends(scheduler)}: set its end", logger="current", level=logging.WARNING)
+    shares = [scheduler.end / length(scheduler) for scheduler in schedulers]
+    last = [scheduler for scheduler, share in zip(schedulers, shares, strict=True) if share == max(shares) < 1]
+    for scheduler in last:
+        if isinstance(scheduler, PolyLR) and scheduler.eta_min == 0:
+            raise InputError(f"{ends(scheduler)}, and the learning rate is 0 in between: set its end")
+        message = f"{ends(scheduler)}, and the learning rate is constant in between: set its end if it should not be"
+        print_log(message, logger="current", level=logging.WARNING)
 
 
 def check_evaluator(config: Config, split: str) -> None:
@@ -161,7 +182,7 @@ def check_evaluator(config: Config, split: str) -> None:
 class ResultRecord(Hook):
     """Writes the measurements of a run with their provenance to its log folder.
 
-    ``result.json`` has the metrics of a test, ``training.json`` the speed of a training run.
+    ``result.json`` has the metrics of a test, ``training.json`` the speed of a training run since its last start.
     """
 
     priority = "VERY_LOW"  # after the metrics are printed, so that a full disk does not lose them
@@ -170,7 +191,13 @@ class ResultRecord(Hook):
         self.provenance = provenance()
         self.provenance["command"] = mim_command() or self.provenance["command"]
 
+    def before_train(self, runner: Runner) -> None:
+        self.begun = runner.iter
+
     def after_train(self, runner: Runner) -> None:
+        done = runner.iter - self.begun  # a checkpoint also has the times of earlier starts, maybe on other hardware
+        if done == 0:
+            return
         times, _ = runner.message_hub.get_scalar("train/time").data
         batch = runner.cfg.train_dataloader.batch_size * runner.world_size
         loop = runner.train_loop
@@ -178,7 +205,7 @@ class ResultRecord(Hook):
             "kind": "training",
             "status": "finished",
             "devices": runner.world_size,
-            "images_per_s": batch / float(np.median(times)),
+            "images_per_s": batch / float(np.median(times[-done:])),
             "seed": runner.seed,
             "settings": {"batch": batch, "epochs": loop.max_epochs, "iterations": loop.max_iters},
             "starts": [self.provenance],
