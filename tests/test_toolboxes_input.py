@@ -13,6 +13,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import load_from_local
 from PIL import Image
+from torch import nn
 
 import metaformer.mm.detection
 import metaformer.mm.patch_mmengine
@@ -20,6 +21,7 @@ import metaformer.mm.segmentation
 from drawn import SCENES, detection_config, draw_coco, draw_scenes, forget_runs, segmentation_config
 from metaformer import InputError
 from metaformer.errors import as_raised
+from metaformer.mm.hooks import check_heads
 from metaformer.mm.predict import load_model
 from oracles import OFFICIAL_NAMES, renamed
 
@@ -155,6 +157,16 @@ def test_a_head_for_other_classes_is_refused(segmentor, tmp_path):
     config, _ = segmentor
     with pytest.raises(InputError, match=r"decode_head predicts 7 classes, but the data set has 3: .*=3"):
         runner(config, tmp_path / "heads", **{"model.decode_head.num_classes": 7}).train()
+
+
+def test_heads_with_classes_of_their_own_are_left_alone():
+    """Those of an RPN and of a hybrid task cascade, whose semantic head predicts COCO's stuff as well."""
+    roi_head = nn.ModuleDict({"semantic_head": nn.Identity(), "bbox_head": nn.Identity()})
+    model = nn.ModuleDict({"rpn_head": nn.Identity(), "roi_head": roi_head})
+    model["rpn_head"].num_classes, roi_head["semantic_head"].num_classes, roi_head["bbox_head"].num_classes = 1, 183, 2
+    check_heads(model, ("a", "b"))
+    with pytest.raises(InputError, match=r"model\.roi_head\.bbox_head predicts 2 classes, but the data set has 1"):
+        check_heads(model, ("a",))
 
 
 REORDERED, RENAMED = ("house", "ground", "sky"), ("sky", "ground", "hut")

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -115,9 +116,10 @@ def different_classes(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def check_heads(model: nn.Module, classes: Sequence[str]) -> None:
+    """Raise if a head predicts another number of classes; not the RPN, nor a semantic head beside those of boxes."""
     for name, head in bare(model).named_modules():
         known = getattr(head, "num_classes", None)
-        if name.endswith("_head") and "rpn" not in name and known not in (None, len(classes)):
+        if re.search(r"(?<!rpn)(?<!semantic)_head$", name) and known not in (None, len(classes)):
             raise InputError(
                 f"model.{name} predicts {known} classes, but the data set has {len(classes)}: "
                 f"use --cfg-options model.{name}.num_classes={len(classes)}"
