@@ -204,8 +204,12 @@ def test_readme_s_mixer_of_ones_own():
         ({"out_indices": (0, 4)}, "out_indices=(0, 4): give levels of poolformer_s12 from 0 to 3 in ascending order"),
         ({"out_indices": (3, 1)}, "out_indices=(3, 1)"),
         ({"out_indices": ()}, "out_indices=()"),
+        ({"out_indices": 3}, "out_indices=3: give levels of poolformer_s12 from 0 to 3"),
         ({"frozen_stages": 5}, "frozen_stages=5"),
+        ({"frozen_stage": 3}, "no argument of the backbone 'frozen_stage' (did you mean 'frozen_stages'?)"),
+        ({"num_classes": 3}, "no argument of the backbone 'num_classes'"),
         ({"init_cfg": {"type": "Kaiming"}}, "init_cfg"),
+        ({"init_cfg": [{"type": "Pretrained", "checkpoint": "x.pth"}]}, "init_cfg of the backbone is [{"),
         ({"init_cfg": {"type": "Pretrained"}}, "checkpoint=..."),
     ],
 )
@@ -252,6 +256,23 @@ def test_pretrained_takes_the_backbone_of_a_segmentor(tmp_path):
     model.init_weights()
     assert torch.equal(model.out_norms["3"].weight, source.out_norms["3"].weight)
     assert torch.equal(model.stem.weight, source.stem.weight)
+
+
+def test_a_classifiers_norm_is_no_level_with_a_prefix_either(tmp_path, official):
+    """mmpretrain has the backbone of a classifier and the norm before its head under the same prefix as a detector."""
+    torch.save({"state_dict": metaformer.convert(official[1], "mmpretrain")}, tmp_path / "mmpretrain.pth")
+    for prefix in ({}, {"prefix": "backbone."}):
+        cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "mmpretrain.pth"), **prefix}
+        model = backbone(init_cfg=cfg)
+        model.init_weights()
+        assert torch.equal(model.stem.weight, official[1]["stem.weight"])
+        assert torch.equal(model.out_norms["3"].weight, torch.ones(512))
+
+
+@pytest.mark.parametrize("source", ["file:///tmp/x.pt", "hf://a/b", "gs://a/b.pth"])
+def test_an_address_that_nothing_can_read_is_refused(source):
+    with pytest.raises(InputError, match=f"{source} has an unknown scheme: give a path or an http"):
+        CheckpointLoader.load_checkpoint(source)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metaformer.errors import InputError
-from metaformer.formats import StateDict
+from metaformer.errors import InputError, check_known
+from metaformer.formats import StateDict, recognised
 from metaformer.mm.checkpoint import from_official_pyramid, load_from_path_or_url, rename_official
 from metaformer.model import MLN, MetaFormer, per_stage
 from metaformer.variants import variant_arguments
@@ -41,7 +41,8 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         arguments: arguments of :class:`metaformer.MetaFormer` that replace those of the variant.
 
     Raises:
-        InputError: the variant is unknown, or does not have these levels or stages.
+        InputError: the variant, an argument or ``init_cfg`` is unknown, or the variant does not have these levels or
+            stages.
     """
 
     def __init__(
@@ -55,18 +56,22 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         init_cfg: dict | None = None,
         **arguments: Any,
     ):
+        for name in arguments:
+            check_known("argument of the backbone", name, ARGUMENTS)
         settings = {**variant_arguments(variant), **arguments}
         super().__init__(**settings, drop_path_rate=drop_path_rate, num_classes=0)
         levels = len(self.stages)
-        if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(levels))):
+        indices = list(out_indices) if isinstance(out_indices, Sequence) else []
+        if not indices or indices != sorted(set(range(levels)).intersection(indices)):
             raise InputError(
-                f"out_indices={tuple(out_indices)}: give levels of {variant} from 0 to {levels - 1} in ascending order"
+                f"out_indices={out_indices}: give levels of {variant} from 0 to {levels - 1} in ascending order"
             )
-        if not -1 <= frozen_stages <= levels:
+        if frozen_stages not in range(-1, levels + 1):
             raise InputError(
                 f"frozen_stages={frozen_stages}: use -1 (none), 0 (the stem) to {levels} (all of {variant})"
             )
-        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or not init_cfg.get("checkpoint")):
+        pretrained = isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained" and init_cfg.get("checkpoint")
+        if init_cfg is not None and not pretrained:
             raise InputError(
                 f"init_cfg of the backbone is {init_cfg}: use dict(type='Pretrained', checkpoint=...) or None"
             )
@@ -115,6 +120,8 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         checkpoint = load_from_path_or_url(source)
         check_trained_as(self.variant, self.arguments, checkpoint, source)
         weights = weights_of(checkpoint, ema=True)
+        if recognised(weights) == "mmpretrain" and "head.fc.weight" in weights:
+            prefix = ""  # a classifier, whose backbone.norm6 is the norm before its head and not one of a level
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         weights = from_official_pyramid(weights)
         own = self.state_dict()
@@ -135,6 +142,13 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
     def _not_needed(self, name: str) -> bool:
         stage = re.match(r"stages\.(\d+)\.", name)
         return name.startswith(("head.", "norm.", "out_norms.")) or bool(stage and int(stage[1]) >= len(self.stages))
+
+
+ARGUMENTS = [
+    name
+    for name in {**signature(MetaFormerBackbone).parameters, **signature(MetaFormer).parameters}
+    if name not in ("arguments", "num_classes")
+]
 
 
 def parts(names: set[str]) -> str:

@@ -17,10 +17,10 @@ def load_from_path_or_url(source: str, map_location: Any = None) -> dict:
     """Read a checkpoint from a path, or an http(s) address, which is downloaded once. Nothing in it is executed.
 
     The tensors are on the CPU whatever ``map_location`` says, since loading them into a model copies them. Sources with
-    another scheme are left to mmengine.
+    another scheme that mmengine knows are left to it.
 
     Raises:
-        InputError: the file is missing, damaged, or contains more than tensors and plain data.
+        InputError: the scheme is unknown, or the file is missing, damaged, or holds more than tensors and plain data.
     """
     if source.startswith(("http://", "https://")):
         if is_main_process():
@@ -28,6 +28,8 @@ def load_from_path_or_url(source: str, map_location: Any = None) -> dict:
         barrier()
         path = fetch(source)  # downloads it again only on machines that do not share the cache
     elif "://" in source:
+        if CheckpointLoader._get_checkpoint_loader(source) is CheckpointLoader._schemes[""]:
+            raise InputError(f"{source} has an unknown scheme: give a path or an http(s) address")
         return CheckpointLoader.load_checkpoint(source, map_location="cpu")
     else:
         path = Path(source).expanduser()
