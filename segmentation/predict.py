@@ -6,4 +6,6 @@ from metaformer.errors import run_command
 from metaformer.mm.predict import predict
 
 if __name__ == "__main__":
-    run_command(lambda: predict("Draw the class of each pixel over pictures.", inference_model, with_labels=True))
+    run_command(
+        lambda: predict("Draw the class of each pixel over pictures.", inference_model, "mmseg", with_labels=True)
+    )

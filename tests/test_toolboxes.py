@@ -701,16 +701,34 @@ def test_predict_names_what_is_wrong(trained_segmentor, command, tmp_path):
     for path in (here, there):
         path.parent.mkdir()
         Image.new("RGB", (64, 64)).save(path)
+    written = {
+        "broken.py": "model = dict(",
+        "list.yaml": "- 1",
+        "without_model.py": "default_scope = 'mmseg'",
+        "without_scope.py": "model = dict(type='EncoderDecoder')",
+        "model_alone.py": "default_scope = 'mmseg'\nmodel = dict(type='EncoderDecoder')",
+    }
+    for name, text in written.items():
+        (tmp_path / name).write_text(text)
+    other = " is not the config of a model of mmseg"
     for arguments, says in (
         ([*known, "no.jpg"], "there is no picture no.jpg"),
         ([*known, known[1]], "is not a picture"),
+        ([*known, here, "--device", "gpu"], "there is no device 'gpu'"),
+        ([*known, here, "--device", "cuda:99"], "there is no device 'cuda:99'"),
         (["no.py", *known], "there is no config no.py"),
+        ([tmp_path / "broken.py", *known], "cannot read the config"),
+        ([tmp_path / "list.yaml", *known], "cannot read the config"),
+        ([tmp_path / "without_model.py", *known], f"without_model.py{other}"),
+        ([tmp_path / "without_scope.py", *known], f"without_scope.py{other}"),
+        ([tmp_path / "model_alone.py", *known], "model_alone.py has no test_dataloader and no visualizer: use"),
+        ([CONFIGS["retinanet_poolformer-s12"], *known], f"{CONFIGS['retinanet_poolformer-s12'].name}{other}"),
         ([*known, here, there, "--out", tmp_path], "would overwrite another picture: use another --out"),
         ([*known, here, "--out", here.parent], "would overwrite another picture: use another --out"),
     ):
         status, _, error = command("segmentation/predict.py", *arguments)
         assert status == 2
-        assert re.fullmatch(f"error: .*{re.escape(says)}\n", error[error.index("error: ") :])
+        assert re.fullmatch(f"error: .*{re.escape(says)}.*\n", error[error.index("error: ") :])
 
 
 def test_mmdets_own_inferencer_finds_the_same_with_a_config_and_without(trained_detector):

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import load_from_local
+from mmengine.structures import InstanceData
 from PIL import Image
 from torch import nn
 
@@ -21,6 +23,7 @@ import metaformer.mm.segmentation
 from drawn import SCENES, detection_config, draw_coco, draw_scenes, forget_runs, segmentation_config
 from metaformer import InputError
 from metaformer.errors import as_raised
+from metaformer.mm.config import build_model, read_config
 from metaformer.mm.hooks import check_heads
 from metaformer.mm.predict import load_model
 from oracles import OFFICIAL_NAMES, renamed
@@ -278,6 +281,23 @@ def test_init_cfg_over_a_base_that_has_none(tmp_path):
         'model = dict(backbone=dict(init_cfg=dict(_delete_=True, type="Pretrained", checkpoint="FILE")))\n'
     )
     assert Config.fromfile(tmp_path / "own.py").model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "FILE"}
+
+
+def test_more_classes_than_coco_has_colours_are_drawn(tmp_path):
+    classes = tuple(f"class {number}" for number in range(81))
+    heads = f"for head in ('bbox_head', 'mask_head'):\n    model['roi_head'][head]['num_classes'] = {len(classes)}\n"
+    more = f"{heads}test_dataloader['dataset']['metainfo'] = dict(classes={classes})"
+    config = detection_config(tmp_path / "many.py", tmp_path, more=more)
+    weights = build_model(read_config(str(config), ["mmdet"])).state_dict()
+    torch.save({"state_dict": weights}, tmp_path / "many.pth")
+    model = load_model(str(config), str(tmp_path / "many.pth"), "cpu")
+    assert model.dataset_meta["classes"] == classes
+    visualizer = VISUALIZERS.build({**model.cfg.visualizer, "vis_backends": None})
+    visualizer.dataset_meta = model.dataset_meta
+    found = InstanceData(bboxes=torch.tensor([[1.0, 2, 30, 40]]), labels=torch.tensor([80]), scores=torch.ones(1))
+    sample, drawn = DetDataSample(pred_instances=found), tmp_path / "drawn.png"
+    visualizer.add_datasample("x", np.zeros((64, 64, 3), np.uint8), sample, draw_gt=False, out_file=str(drawn))
+    assert np.asarray(Image.open(drawn)).any()
 
 
 def edit(path: Path, change) -> None:

@@ -119,25 +119,10 @@ def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
 
 def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
     # Imported here, because counting classifiers does not need the toolboxes.
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
+    from metaformer.mm.config import build_model, read_config
 
-    if not Path(path).is_file():
-        near = nearest(Path(path).stem, [file.stem for file in Path(path).parent.glob("*.py")])
-        raise InputError(f"there is no config {path}{near}")
-    try:
-        config = Config.fromfile(path)
-    except Exception as error:  # a config is code: anything may go wrong in it
-        raise InputError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
-    if config.get("default_scope") not in DEFAULT_SIZES or "model" not in config:
-        raise InputError(f"{path} is not the config of a model of mmdet or mmseg")
-    init_default_scope(config.default_scope)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the toolboxes warn of their own deprecations
-            model = MODELS.build(config.model)
-    except Exception as error:  # likewise
-        raise InputError(f"cannot build the model of {path}: {textwrap.shorten(str(error), 300)}") from error
+    config = read_config(path, DEFAULT_SIZES)
+    model = build_model(config)
     if hasattr(model, "roi_head"):
         model.forward = partial(two_stages, model)
     return model, size or DEFAULT_SIZES[config.default_scope]

@@ -1,37 +1,36 @@
 """Draw the predictions of a detector or segmentor into pictures. The commands are in detection/ and segmentation/."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, VISUALIZERS
 from torch import nn
 
-from metaformer.errors import InputError
+from metaformer.errors import InputError, check_known
 from metaformer.mm.backbone import weights_for
 from metaformer.mm.checkpoint import check_weights, load_from_path_or_url
+from metaformer.mm.config import build_model, read_config
 
 
-def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
+def load_model(config: str, checkpoint: str, device: str, toolboxes: Collection[str] = ("mmdet", "mmseg")) -> nn.Module:
     """Build the model of ``config`` with all the weights of ``checkpoint``, in evaluation mode.
 
     Its ``dataset_meta`` has the class names of the checkpoint, or those of the config if the checkpoint has none.
 
     Raises:
-        InputError: a file does not exist, or the checkpoint holds another model.
+        InputError: a file does not exist, the config is not one for tests of the model of a toolbox, or the checkpoint
+            holds another model.
     """
-    if not Path(config).is_file():
-        raise InputError(f"there is no config {config}")
-    settings = Config.fromfile(config)
-    settings.model.backbone.init_cfg = None
-    init_default_scope(settings.default_scope)
-    model = revert_sync_batchnorm(MODELS.build(settings.model))
+    settings = read_config(config, toolboxes)
+    if missing := [part for part in ("test_dataloader", "visualizer") if not settings.get(part)]:
+        raise InputError(f"{config} has no {' and no '.join(missing)}: use the config that the model was trained with")
+    model = revert_sync_batchnorm(build_model(settings))
     loaded = load_from_path_or_url(checkpoint)
     weights = weights_for(model, loaded)
     check_weights(model, weights, checkpoint)
@@ -40,16 +39,27 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
         **DATASETS.build({**settings.test_dataloader.dataset, "lazy_init": True}).metainfo,
         **loaded.get("meta", {}).get("dataset_meta", {}),
     }
+    if len(model.dataset_meta.get("palette") or ()) < len(model.dataset_meta["classes"]):
+        model.dataset_meta.pop("palette", None)  # COCO's 80 colours for other classes; mmdet then chooses some
     settings.test_pipeline = settings.test_dataloader.dataset.pipeline  # where mmseg looks for it
     model.cfg = settings
     return model.to(device).eval()
 
 
-def predict(description: str, infer: Callable, **drawing: Any) -> None:
+def chosen_device(name: str | None) -> str:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    known = ["cpu", *(["cuda"] if gpus else []), *gpus]
+    name = name or ("cuda" if gpus else "cpu")
+    check_known("device", name, known)
+    return name
+
+
+def predict(description: str, infer: Callable, toolbox: str, **drawing: Any) -> None:
     """The command ``predict.py CONFIG CHECKPOINT PICTURE...``: writes ``NAME.png`` for each picture, and prints that.
 
     Args:
         infer: the toolbox's function from a model and the path of a picture to a data sample.
+        toolbox: the ``default_scope`` of its configs.
         drawing: arguments of the visualizer's ``add_datasample``.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -59,14 +69,14 @@ def predict(description: str, infer: Callable, **drawing: Any) -> None:
     parser.add_argument("--out", default="predictions", help="folder to write to (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     arguments = parser.parse_args()
+    device = chosen_device(arguments.device)
     targets = {picture: Path(arguments.out, f"{Path(picture).stem}.png") for picture in arguments.pictures}
     for picture, path in targets.items():
         if not Path(picture).is_file():
             raise InputError(f"there is no picture {picture}")
         if list(targets.values()).count(path) > 1 or path.resolve() == Path(picture).resolve():
             raise InputError(f"{path}, the drawing of {picture}, would overwrite another picture: use another --out")
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(arguments.config, arguments.checkpoint, device)
+    model = load_model(arguments.config, arguments.checkpoint, device, [toolbox])
     visualizer = VISUALIZERS.build({**model.cfg.visualizer, "vis_backends": None})
     visualizer.dataset_meta = model.dataset_meta
     for picture, path in targets.items():

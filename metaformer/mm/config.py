@@ -1,0 +1,48 @@
+"""Read configs of mmdet and mmseg. A config is code, so that anything may go wrong in it."""
+
+import textwrap
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from metaformer.errors import InputError, nearest
+
+
+def read_config(path: str, scopes: Collection[str]) -> Config:
+    """Read the config of a model.
+
+    Args:
+        scopes: toolboxes that the config may be of, ``mmdet`` or ``mmseg``.
+
+    Raises:
+        InputError: the file does not exist, is not a config, has no model, or is of another toolbox.
+    """
+    if not Path(path).is_file():
+        near = nearest(Path(path).stem, [file.stem for file in Path(path).parent.glob("*.py")])
+        raise InputError(f"there is no config {path}{near}")
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:
+        raise InputError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
+    if config.get("default_scope") not in scopes or not config.get("model"):
+        raise InputError(f"{path} is not the config of a model of {' or '.join(scopes)}")
+    return config
+
+
+def build_model(config: Config) -> nn.Module:
+    """Build the model of a config, without the weights of ``init_cfg``.
+
+    Raises:
+        InputError: the config has a wrong value.
+    """
+    init_default_scope(config.default_scope)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the toolboxes warn of their own deprecations
+            return MODELS.build(config.model)
+    except Exception as error:
+        raise InputError(f"cannot build the model of {config.filename}: {textwrap.shorten(str(error), 300)}") from error
