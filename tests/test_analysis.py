@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import mmdet
 import modelindex
 import numpy as np
 import pandas as pd
@@ -213,6 +214,14 @@ def test_broken_configs(content, says, tmp_path):
     (tmp_path / "broken.py").write_text(content)
     with pytest.raises(InputError, match=says):
         count.count(str(tmp_path / "broken.py"))
+
+
+@pytest.mark.parametrize("config", ["cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", "detr/detr_r50_8xb2-150e_coco.py"])
+def test_configs_that_cannot_be_counted(config):
+    """Three heads for boxes, and a transformer that needs the sizes of the images before padding."""
+    path = Path(mmdet.__file__).parent / ".mim/configs" / config
+    with pytest.raises(InputError, match=r"cannot count .* at 800 x 1280 pixels: a config is counted if its model"):
+        count.count(str(path))
 
 
 def test_count_prints_and_gives_json(command):

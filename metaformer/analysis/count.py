@@ -35,6 +35,10 @@ DEFAULT_SIZES = {"mmdet": (800, 1280), "mmseg": (512, 512)}
 """Height and width at which detectors and segmentors are counted, as in get_flops.py of the toolboxes."""
 PROPOSALS, MASKS = 1000, 100
 """Boxes and masks in the second stage of a counted detector, as in mmdet's get_flops.py."""
+COUNTED = (
+    "a config is counted if its model computes its outputs from the images alone, and a detector of two stages if its "
+    "second stage is that of Faster or Mask R-CNN"
+)
 
 
 def count(model: str, size: Size | None = None) -> dict[str, Any]:
@@ -54,7 +58,8 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
         fvcore does not count. fvcore ignores shapes, copies, ReLU and dropout, and does not list them.
 
     Raises:
-        InputError: the model or config does not exist, or does not take this size.
+        InputError: the model or config does not exist or does not take this size, or the model of a config needs more
+            than images or has other second stages than Faster and Mask R-CNN.
     """
     with init_empty_weights():  # on the meta device, where initialisation takes no time
         network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
@@ -65,8 +70,12 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
         with on_meta_device():
             by_operator, by_module = analysis.by_operator(), analysis.by_module()
             uncounted = analysis.unsupported_ops()
-    except (AssertionError, RuntimeError) as error:
-        reason = textwrap.shorten(str(error), 200)
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        if model.endswith(".py"):
+            raise InputError(f"cannot count {model} at {size[0]} x {size[1]} pixels: {COUNTED} ({reason})") from error
+        if isinstance(error, AttributeError | TypeError):
+            raise
         raise InputError(f"{model} does not take images of {size[0]} x {size[1]} pixels: {reason}") from error
     named = dict(network.named_parameters())
     return {
