@@ -491,18 +491,24 @@ def common() -> dict:
     return {key: evaluation()[key] for key in ("command", "commit", "versions", "hardware", "date")}
 
 
+def toolbox_record(task: str, model: str, data: dict, metrics: dict, tta: bool = False) -> dict:
+    """A record as ResultRecord writes it."""
+    config = Config.fromfile(ROOT / f"configs/{task}/{model}.py")
+    pipeline = config.tta_pipeline if tta else config.test_dataloader.dataset.pipeline
+    return {
+        **{"kind": task, "model": model, "checkpoint": evaluation()["checkpoint"], "data": data, "metrics": metrics},
+        **{"settings": {"seed": 0, "gpus": 0, "pipeline": [dict(step) for step in pipeline]}, **common()},
+    }
+
+
 def detection(metrics: dict) -> dict:
-    return {
-        **{"kind": "detection", "model": "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", **common()},
-        **{"checkpoint": evaluation()["checkpoint"], "data": {"images": 5000, "classes": 80}, "metrics": metrics},
-    }
+    data = {"images": 5000, "classes": 80}
+    return toolbox_record("detection", "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", data, metrics)
 
 
-def segmentation(metrics: dict) -> dict:
-    return {
-        **{"kind": "segmentation", "model": "fpn_poolformer-s12_8xb4-40k_ade20k-512x512", **common()},
-        **{"checkpoint": evaluation()["checkpoint"], "data": {"images": 2000, "classes": 150}, "metrics": metrics},
-    }
+def segmentation(metrics: dict, **changes) -> dict:
+    data = {"images": 2000, "classes": 150}
+    return toolbox_record("segmentation", "fpn_poolformer-s12_8xb4-40k_ade20k-512x512", data, metrics, **changes)
 
 
 TRAINING = {
@@ -619,6 +625,8 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         (detection({"coco/segm_mAP_50": float("nan")}), "metrics.coco/segm_mAP_50: Input should be a finite number"),
         (segmentation({"mIoU": float("nan")}), "metrics.mIoU: Input should be a finite number"),
         (segmentation({"mIoU": 0.37, "aAcc": 0.78}), "aAcc is 0.78: the metrics are percentages"),
+        (segmentation({"mIoU": 39.0}, tta=True), "settings.pipeline (LoadImageFromFile, TestTimeAug) is not that of"),
+        ({**segmentation({"mIoU": 39.0}), "settings": {}}, "settings.pipeline: Field required"),
         (evaluation(model="poolformer_s21"), "model 'poolformer_s21' is in no table (did you mean 'poolformer_s"),
         (evaluation(data={"classes": 10}), "data.classes is 10, but table2 has 1000"),
         (

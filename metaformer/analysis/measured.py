@@ -1,14 +1,18 @@
 """Read the records of analysis/results/ and check them against the table rows in which they appear."""
 
+import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from metaformer.analysis.cells import Mean, Measurement, Number, Row
+from metaformer.analysis.count import ROOT
 from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Classification, Evaluation, Record, Training, read_record
+from metaformer.records.schema import Detection, Segmentation
 from metaformer.records.statistics import Results
 from metaformer.variants import VARIANTS
 
@@ -116,7 +120,21 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
     for field, (found, expected) in fields.items():
         if found != expected:
             raise InputError(f"{path}: {field} is {found}, but {table} has {expected}")
+    if isinstance(record, Detection | Segmentation) and record.settings.pipeline != test_pipeline(row["build"]):
+        steps = ", ".join(str(step.get("type")) for step in record.settings.pipeline)
+        raise InputError(
+            f"{path}: settings.pipeline ({steps}) is not that of {row['build']}: test without --tta or changes"
+        )
     known = [row["epochs"] for row in rows_of("table7")]
     if isinstance(record, Evaluation) and epochs_of(record) not in known:
         epochs = ", ".join(map(str, known))
         raise InputError(f"{path}: training.epochs is {epochs_of(record)}, but the paper has {epochs}")
+
+
+@cache
+def test_pipeline(config: str) -> list[dict[str, Any]]:
+    """Steps of the test of a config of mmdet or mmseg, as JSON has them."""
+    from mmengine.config import Config  # here: counting and classifiers do not need it
+
+    found = Config.fromfile(ROOT / config, import_custom_modules=False).test_dataloader.dataset.pipeline
+    return json.loads(json.dumps(found))
