@@ -2,12 +2,14 @@
 
     python analysis/records.py RECORD_OR_FOLDER...
 
-If one record is wrong, none is copied. Absolute paths in the records are cut to their last part.
+A record must be of a model, data set and input in the paper's tables, or of a study. If one record is wrong, none is
+copied. Absolute paths in the records are cut to their last part.
 """
 
 import argparse
 from pathlib import Path
 
+from metaformer.analysis.measured import check_record
 from metaformer.errors import run_command
 from metaformer.records import import_records
 
@@ -23,7 +25,7 @@ def main() -> None:
         "validation.json); an output folder of ablate.sh (run.json of every finished run); or a work dir of mmdet or "
         "mmseg (result.json and training.json beside the logs)",
     )
-    for target in import_records(parser.parse_args().sources):
+    for target in import_records(parser.parse_args().sources, check=check_record):
         print(target)
 
 

@@ -754,6 +754,25 @@ def test_import_is_all_or_nothing(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_the_command_refuses_what_the_tables_cannot_show(tmp_path, command):
+    """A run on other data, as `make demo` leaves it; nothing is copied, neither of a study that does not exist."""
+    results = ROOT / "analysis/results"
+    before = sorted(results.rglob("*"))
+    (tmp_path / "good.json").write_text(json.dumps(evaluation()))
+    other = {**TRAINING, "starts": [common()], "model": "street"}
+    study = {**TRAINING, "starts": [common()], "settings": {"study": "none", "row": "baseline"}, "curve": [{"top1": 1}]}
+    for record, says in (
+        (evaluation(data={"classes": 10}), "data.classes is 10, but table2 has 1000"),
+        (other, "model 'street' is in no table"),
+        (study, "none"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(record))
+        status, _, error = command("analysis/records.py", tmp_path / "good.json", tmp_path / "bad.json")
+        assert status == 2
+        assert says in error
+        assert sorted(results.rglob("*")) == before
+
+
 # Figures
 
 

@@ -34,10 +34,7 @@ class Measured:
                 if isinstance(record, Training) and record.settings.study:
                     runs[record.settings.study].append(record)
                     continue
-                if isinstance(record, Evaluation | Training):
-                    check_row(record, path)
-                for cell in record.cells if isinstance(record, Benchmark) else []:
-                    place_of(cell.model, path)
+                check_record(record, path)
                 if record in self.records[record.kind]:
                     raise InputError(f"{path} duplicates a record of another name: remove one")
                 self.records[record.kind].append(record)
@@ -100,6 +97,16 @@ def place_of(model: str, path: Path) -> tuple[str, Row]:
     if model not in places:
         raise InputError(f"{path}: model {model!r} is in no table{nearest(model, places)}")
     return places[model]
+
+
+def check_record(record: Record, path: Path) -> None:
+    """Raise an ``InputError`` if the tables cannot show a record."""
+    if isinstance(record, Training) and record.settings.study:
+        Results(record.settings.study, [record])
+    elif isinstance(record, Evaluation | Training):
+        check_row(record, path)
+    for cell in record.cells if isinstance(record, Benchmark) else []:
+        place_of(cell.model, path)
 
 
 def check_row(record: Evaluation | Training, path: Path) -> None:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metaformer.errors import InputError
 from metaformer.provenance import write_json
-from metaformer.records.schema import Training, load, parse
+from metaformer.records.schema import Record, Training, load, parse
 
 RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
 NAMES = ("run.json", "validation.json", "result.json", "training.json")
@@ -37,12 +38,19 @@ def without_machine_paths(value: Any) -> Any:
     return value
 
 
-def import_records(paths: list[Path], results: Path = RESULTS) -> list[Path]:
-    """Check all records at ``paths``, then copy all of them to ``results``; returns the copies."""
+def import_records(
+    paths: list[Path], results: Path = RESULTS, check: Callable[[Record, Path], None] = lambda record, path: None
+) -> list[Path]:
+    """Check all records at ``paths``, then copy all of them to ``results``; returns the copies.
+
+    Args:
+        check: further check of a record and its path, which raises an ``InputError``.
+    """
     checked = {}
     for path in (file for given in paths for file in sources(given)):
         record = load(path)
         parsed = parse(record, path)
+        check(parsed, path)
         try:
             record = without_machine_paths(record)
         except RecursionError as error:
