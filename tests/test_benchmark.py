@@ -340,11 +340,14 @@ def test_without_a_record_the_table_says_so(tmp_path):
     assert readme.sections({"speed": table}, found, complete=False) == {("README.md", "speed"): "Not measured yet."}
 
 
-def test_a_record_of_version_0_1_is_read(tmp_path):
-    old, new = measured(tmp_path / "old", without_cells()), measured(tmp_path / "new", record())
-    assert "cells" not in without_cells()
-    assert len(speed.speed(old).rows) == 6 + 4
-    assert speed.speed(old).rows == speed.speed(new).rows
+def test_the_last_record_of_a_setting_counts(tmp_path):
+    """The two sizes of the later one are other settings than the earlier one's, and its own size is measured again."""
+    later = record(date="2026-02-01T00:00:00+00:00")
+    later["cells"] = [later["cells"][1], {**deepcopy(later["cells"][1]), "size": [96, 96]}]
+    later["cells"][0]["contestants"][1]["seconds"] = [1.5] * 3
+    found = sorted(speed.beside_timm(measured(tmp_path, later, record())))
+    assert [(task, ratio) for _, _, task, ratio in found if task == "training"] == [("training", 1.5), ("training", 3)]
+    assert len(found) == 4
 
 
 def test_the_fastest_is_named_or_ties(tmp_path):

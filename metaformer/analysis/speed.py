@@ -146,14 +146,20 @@ def column_of(entry: Entry) -> str:
 
 
 def beside_timm(measured: Measured) -> Iterator[tuple[str, str, str, float]]:
-    """Model, device, task and speed over timm's, of our fastest form beside timm's class in one runtime and layout."""
+    """Model, device, task and speed over timm's, of our fastest form beside timm's class in one runtime and layout.
+
+    Of several records of a setting on a device, the last one counts.
+    """
+    found = {}
     for record in measured.records["benchmark"]:
         for timing in timings(*record.cells):
-            task, runtime = timing.cell.task, timing.contestant.runtime
+            cell, runtime = timing.cell, timing.contestant.runtime
             ratio = timing.times_timm(runtime)
-            if timing.contestant.form == BEST[task] and ratio:
-                where = task if runtime == "eager" else f"{task}, {runtime}"
-                yield timing.cell.model, record.device(timing.cell), where, ratio.value
+            if timing.contestant.form == BEST[cell.task] and ratio:
+                where = cell.task if runtime == "eager" else f"{cell.task}, {runtime}"
+                of = cell.model, record.device(cell), where
+                found[(*of, cell.batch, cell.size, cell.precision, timing.layout)] = (*of, ratio.value)
+    yield from found.values()
 
 
 def cost(measured: Measured) -> Table:
