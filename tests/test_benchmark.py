@@ -145,6 +145,26 @@ def test_each_starts_a_round_in_turn(monkeypatch):
     assert "".join(order) == "abcbcacababc"
 
 
+def test_rounds_are_in_the_precision_of_the_cell(monkeypatch):
+    """The last entry has no reference, which is computed in float32."""
+    seen = []
+
+    def reference(form, _):
+        if form == "b":
+            raise RuntimeError("no reference")
+
+    monkeypatch.setattr(contestants, "reference", reference)
+    monkeypatch.setattr(contestants, "contestant", lambda entry, _: entry.form)
+    monkeypatch.setattr(benchmark, "warm_up", lambda name, *_: (name, {"calls": 1, "seconds": []}))
+    monkeypatch.setattr(benchmark, "seconds_of", lambda *_: seen.append(torch.backends.mkldnn.fp32_precision))
+    entered = [contestants.Entry(name, "eager", "contiguous") for name in "ab"]
+    try:
+        benchmark.measure(cell(precision="mkldnn_bf16"), entered, 2, 1.0, memory=False)
+    finally:
+        benchmark.set_precision("float32")
+    assert seen == ["bf16"] * 2
+
+
 def test_only_inference_is_compiled_with_freezing(monkeypatch):
     seen = []
 

@@ -5,11 +5,12 @@ compared round by round. Before, the output of each is compared with that of the
 
 The floor is the larger of two times: the multiply-accumulates divided by the rate of large matrix products, and the
 bytes divided by the bandwidth of a large copy. The multiply-accumulates are those of :func:`count.count` without the
-norms; training has three times as many. In inference, every block and every convolution outside of blocks reads its
-input and writes its output once, the head reads its input, and the weights are read once. In training, the backward
-pass also reads each input and the gradient of each output, writes the gradient of each input except the images, reads
-the weights again and writes their gradients. Maps have the bytes of the precision, and weights four bytes per element.
-A model can be faster than the floor where maps stay in a cache.
+norms; training has three times as many, although the stem needs no gradient of the images and frozen matrices need none
+of their weights, so that a training step can take a little less. In inference, every block and every convolution
+outside of blocks reads its input and writes its output once, the head reads its input, and the weights are read once.
+In training, the backward pass also reads each input and the gradient of each output, writes the gradient of each input
+except the images, reads the weights again and writes their gradients. Maps have the bytes of the precision, and weights
+four bytes per element. A model can be faster than the floor where maps stay in a cache.
 """
 
 import ctypes
@@ -90,6 +91,7 @@ def measure(cell: Cell, entered: list[Entry], rounds: int, seconds: float, memor
             found.append(warm_up(contestants.contestant(entry, cell), cell, expected, seconds, memory))
         except Exception as error:  # whatever it is, the others are timed, and the record says what is missing
             absent.append({**entry._asdict(), "reason": reason(error)})
+    set_precision(cell.precision)  # that of the reference, if it failed for the last entry
     turns = deque(found)
     for _ in tqdm(range(rounds), desc=str(cell), unit="round", disable=None):
         for call, result in turns:
