@@ -111,7 +111,7 @@ def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestant
         cells = [base._replace(batch=batch) for batch in options.batch or (MATRIX[task] if matrix else [8])]
         if options.growth:
             grown = [cells[0]._replace(**{field: value}) for field, values in GROWTH.items() for value in values]
-            cells = dict.fromkeys([cells[0], *grown])
+            cells = dict.fromkeys([*cells, *grown])
         found += [(cell, entered) for cell in cells]
     return found
 

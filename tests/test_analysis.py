@@ -375,6 +375,11 @@ def test_paper_yaml_names_its_sources_and_recalls_nothing():
                 assert explanation.get("source") or checked, row
 
 
+def test_no_text_of_a_claim_is_cut():
+    """An unquoted comma in it would begin a key without a value."""
+    assert not [row for row in PAPER["claims"]["rows"] if None in row.values()]
+
+
 def test_every_model_and_config_is_a_row():
     builds = {name: {row["build"] for row in paper.rows_of(name) if "build" in row} for name in TABLES}
     assert builds["table1"] == POOLFORMERS.keys()

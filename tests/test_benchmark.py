@@ -520,6 +520,8 @@ def test_growth_varies_one_thing_at_a_time(tmp_path, monkeypatch, command):
     assert {min(of.batch for of, _ in cells), max(of.batch for of, _ in cells)} == {1, 64}
     assert {min(of.size for of, _ in cells), max(of.size for of, _ in cells)} == {(96, 96), (384, 384)}
     assert {entry.form for _, entered in cells for entry in entered} == {"folded", "timm"}
+    given, _ = asked(monkeypatch, command, "--growth", "--tasks", "inference", "--batch", 8, 128)
+    assert [of for of, _ in given] == [base, base._replace(batch=128), *(of for of, _ in cells[1:])]
 
 
 def test_all_forms_that_a_model_has_are_compared_unless_told_otherwise():
