@@ -1,7 +1,5 @@
 # Mask R-CNN, ResNet-18, 1x on COCO: box AP 34.0, mask AP 31.2, 31.2 M parameters in the paper (Table 3).
 # 8 A100 x 2 pictures in the paper; not run here.
-# All ResNet figures of Table 3 equal those of the PVT paper (arXiv 2102.12122), whose recipe this is: AdamW,
-# 16 pictures, 12 epochs.
 #   mim train mmdet configs/detection/mask-rcnn_r18_fpn_8xb2-1x_coco.py \
 #     --launcher pytorch --gpus 8
 #   mim test mmdet configs/detection/mask-rcnn_r18_fpn_8xb2-1x_coco.py \

@@ -1,7 +1,5 @@
 # RetinaNet, ResNet-101, 1x on COCO: box AP 38.5, 56.7 M parameters in the paper (Table 3).
 # 8 A100 x 2 pictures in the paper; not run here.
-# All ResNet figures of Table 3 equal those of the PVT paper (arXiv 2102.12122), whose recipe this is: AdamW,
-# 16 pictures, 12 epochs.
 #   mim train mmdet configs/detection/retinanet_r101_fpn_8xb2-1x_coco.py \
 #     --launcher pytorch --gpus 8
 #   mim test mmdet configs/detection/retinanet_r101_fpn_8xb2-1x_coco.py \

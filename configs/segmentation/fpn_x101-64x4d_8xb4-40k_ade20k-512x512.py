@@ -1,7 +1,5 @@
 # Semantic FPN, ResNeXt-101-64x4d, 40,000 iterations on ADE20K: mIoU 40.2, 86.4 M parameters in the paper (Table 4).
 # 8 A100 x 4 pictures in the paper; not run here.
-# All ResNet, ResNeXt and PVT figures of Table 4 equal those of the PVT paper (arXiv 2102.12122): AdamW, lr 1e-4, 80,000
-# iterations of 16 pictures there; here as PoolFormer, the same pictures in 40,000 iterations of 32 at lr 2e-4.
 #   mim train mmsegmentation configs/segmentation/fpn_x101-64x4d_8xb4-40k_ade20k-512x512.py \
 #     --launcher pytorch --gpus 8
 #   mim test mmsegmentation configs/segmentation/fpn_x101-64x4d_8xb4-40k_ade20k-512x512.py \
