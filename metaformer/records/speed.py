@@ -1,8 +1,8 @@
 """Records of benchmarks and of the loader's speed."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from metaformer.records.parts import Amount, Data, Part, Positive, Provenance, Settings
 
@@ -81,24 +81,6 @@ class Benchmark(Provenance):
 
     def device(self, cell: Cell) -> str:
         return self.hardware.device if cell.device == "cuda" else self.hardware.processor
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_one_setting(cls, record: Any) -> Any:
-        """Bring a record of version 0.1.0, of several tasks in one setting, into the form with cells."""
-        if not isinstance(record, dict) or "tasks" not in record:
-            return record
-        try:
-            about = {"model": record["model"], "rates": record["rates"], **record["settings"]}
-            cells = [{**about, **task} for task in record["tasks"]]
-            runtimes, layout = ("eager", "compiled"), about["memory_format"]
-            for cell in cells:
-                cell["contestants"] = [
-                    {**of, "runtime": runtimes[of["compiled"]], "memory_format": layout} for of in cell["contestants"]
-                ]
-        except (LookupError, TypeError) as error:
-            raise ValueError(f"a part of a record without cells is missing or wrong ({error})") from error
-        return {**record, "cells": cells}
 
 
 class Spread(Part):
