@@ -38,6 +38,7 @@ import torch
 from metaformer.analysis import contestants
 from metaformer.analysis.benchmark import benchmark
 from metaformer.analysis.contestants import BEST, EXPORTED, LAYOUTS, OTHERS, OURS, PRECISIONS, RUNTIMES, TASKS, Cell
+from metaformer.analysis.count import size_of
 from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import compared, place, timings
 from metaformer.errors import InputError, run_command
@@ -87,9 +88,7 @@ def parse() -> argparse.Namespace:
 
 def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestants.Entry]]]:
     """The cells that the options ask for, with the contestants of each."""
-    size, device = options.size, torch.device(options.device)
-    if len(size) > 2:
-        raise InputError(f"--size {' '.join(map(str, size))}: give one side or height and width, in pixels")
+    size, device = size_of(options.size), torch.device(options.device)
     if not options.seconds > 0:
         raise InputError(f"--seconds {options.seconds:g}: give a duration above 0")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -107,7 +106,7 @@ def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestant
         entered = contestants.entries(task, contestants.chosen_forms(options.model, given, [task]), runtimes, layouts)
         if not entered:
             raise InputError(f"no contestant does {task}: {' and '.join(EXPORTED)} do inference, not of the form fused")
-        base = Cell(task, options.model, 8, (size[0], size[-1]), precision, device)
+        base = Cell(task, options.model, 8, size, precision, device)
         cells = [base._replace(batch=batch) for batch in options.batch or (MATRIX[task] if matrix else [8])]
         if options.growth:
             grown = [cells[0]._replace(**{field: value}) for field, values in GROWTH.items() for value in values]

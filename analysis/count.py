@@ -9,8 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from metaformer.analysis.count import count
-from metaformer.errors import InputError, run_command
+from metaformer.analysis.count import count, size_of
+from metaformer.errors import run_command
 
 
 def report(name: str, counted: dict[str, Any]) -> str:
@@ -40,10 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = parser.parse_args()
-    size = options.size
-    if size and (len(size) > 2 or min(size) < 1):
-        raise InputError(f"--size {' '.join(map(str, size))}: give one side or height and width, in pixels")
-    counted = count(options.model, (size[0], size[-1]) if size else None)
+    counted = count(options.model, size_of(options.size) if options.size else None)
     print(json.dumps(counted, indent=2) if options.json else report(options.model, counted))
 
 

@@ -122,7 +122,7 @@ def warm_up(
     Raises:
         InputError: it computes something else than the plain form.
     """
-    entry, training = contestant.entry, contestant.model.training
+    entry, training = contestant.entry, contestant.training
     freezes = entry.runtime == "compiled" and not training and cell.device.type == "cpu"
     with inductor.patch(freezing=True) if freezes else nullcontext():
         first, *_, last = (seconds_of(contestant.call, 1, cell.device) for _ in range(WARM_UP))

@@ -90,13 +90,17 @@ class Contestant(NamedTuple):
     """A form of the model in a runtime, ready for its task on a batch."""
 
     entry: Entry
-    model: nn.Module  # neither compiled nor exported, in the mode of the task
+    model: nn.Module | None  # not compiled, in the mode of the task; None in a runtime other than PyTorch
     forward: Callable[[], Tensor]  # returns the logits of the batch, (B, 1000)
     call: Callable[[], Tensor]  # the call that is timed: returns the logits in inference, the loss in training
 
+    @property
+    def training(self) -> bool:
+        return self.model is not None and self.model.training
+
     def outputs(self) -> list[Tensor]:
         """The logits and, in training, the gradient of the stem's weight."""
-        if not self.model.training:
+        if not self.training:
             return [self.call()]
         logits = self.forward().detach()
         self.call()
@@ -182,7 +186,7 @@ def contestant(entry: Entry, cell: Cell) -> Contestant:
     """
     if entry.runtime in EXPORTED:
         call = exported(entry, cell)
-        return Contestant(entry, build(entry.form, entry.memory_format, cell), call, call)
+        return Contestant(entry, None, call, call)
     if cell.precision == "mkldnn_bf16" and not has_bfloat16():
         raise InputError("oneDNN has no bfloat16 products on this processor")
     model = build(entry.form, entry.memory_format, cell)

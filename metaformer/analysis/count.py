@@ -116,6 +116,13 @@ def definition(model: str) -> str:
     return digest.hexdigest()[:24]
 
 
+def size_of(given: list[int]) -> Size:
+    """Height and width from one side or both; raises ``InputError`` for other numbers."""
+    if len(given) > 2 or min(given) < 1:
+        raise InputError(f"--size {' '.join(map(str, given))}: give one side or height and width, in pixels")
+    return given[0], given[-1]
+
+
 def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
     if not timm.is_model(name):
         raise InputError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
