@@ -307,7 +307,7 @@ def test_pretrained_refuses_a_run_of_another_model_of_the_same_shapes(tmp_path, 
     for run in ({"model": "metaformer_s12_pool5"}, {"model": "poolformer_s12", "model_args": {"stem_stride": 2}}):
         torch.save({"model": official[1], "config": run}, path)
         with pytest.raises(
-            InputError, match=r"best.pt was trained as .*, but the backbone is poolformer_s12 with \{\}"
+            InputError, match=r"best.pt was trained as .*, and the model here is poolformer_s12 with \{\}"
         ):
             backbone(init_cfg={"type": "Pretrained", "checkpoint": str(path)}).init_weights()
     backbone(stem_stride=2, init_cfg={"type": "Pretrained", "checkpoint": str(path)}).init_weights()
