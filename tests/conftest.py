@@ -1,7 +1,10 @@
 import gc
+import io
+import json
 import os
 import runpy
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +56,31 @@ def draw(root: Path, train_images: int = 24, val_images: int = 7, classes: Seque
                 pixels = rng.integers(0, 120, (36 + i, 45, 3), dtype=np.uint8)
                 pixels[..., label % 3] += 100
                 Image.fromarray(pixels).save(root / split / name / f"{i:03d}.png")
+    return root
+
+
+def pack(root: Path, pictures: Path, **shards: int) -> Path:
+    """The pictures as a WebDataset with so many shards of each split: pack(root, pictures, train=1, val=2)."""
+    root.mkdir()
+    splits = {}
+    for split, number in shards.items():
+        files = sorted((pictures / split).glob("*/*.png"))
+        labels = sorted({file.parent.name for file in files})
+        names = [f"{split}-{shard:04d}.tar" for shard in range(number)]
+        for shard, name in enumerate(names):
+            with tarfile.open(root / name, "w") as tar:
+                for i, file in list(enumerate(files))[shard::number]:
+                    for suffix, content in (
+                        ("png", file.read_bytes()),
+                        ("cls", str(labels.index(file.parent.name)).encode()),
+                    ):
+                        member = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        lengths = [len(files[shard::number]) for shard in range(number)]
+        key = "validation" if split == "val" else split
+        splits[key] = {"name": key, "filenames": names, "shard_lengths": lengths, "num_samples": len(files)}
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
     return root
 
 

@@ -16,9 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from timm.data import create_dataset
 
-from conftest import EVERYTHING_RANDOM, trained
+from conftest import EVERYTHING_RANDOM, pack, trained
 from metaformer import InputError, provenance, records
 from metaformer.analysis import readme
 from metaformer.analysis.measured import Measured
@@ -27,6 +26,8 @@ from metaformer.errors import MachineError, run_command
 from metaformer.provenance import write_file
 from metaformer.training import batches, loader, runlog
 from metaformer.training import engine as train
+from metaformer.training.config import load_config
+from metaformer.training.data import open_split
 from metaformer.weights import read_checkpoint
 from pairs import Script
 from test_analysis import evaluation
@@ -184,7 +185,9 @@ GREY = (np.arange(40 * 50, dtype=np.uint32).reshape(40, 50) * 30).astype(np.uint
 """16 bits, most of them above 255."""
 
 
-def pixels(folder, name: str, content: Image.Image | bytes, **options) -> np.ndarray | batches.Unreadable:
+def pixels(
+    folder, name: str, content: Image.Image | bytes, dataset: str = "", **options
+) -> np.ndarray | batches.Unreadable:
     """What the loader makes of a picture before the transforms, as the only one of its class."""
     (folder / "train" / "a").mkdir(parents=True)
     file = folder / "train" / "a" / name
@@ -192,8 +195,8 @@ def pixels(folder, name: str, content: Image.Image | bytes, **options) -> np.nda
         file.write_bytes(content)
     else:
         content.save(file, **options)
-    images = batches.Images(create_dataset("", root=str(folder), split="train"), np.asarray, seed=0)
-    result = images[0, 0]
+    dataset = open_split(load_config([f"dataset={dataset}", f"data_dir={folder}"]), "train", workers=0)
+    result = batches.Images(dataset, np.asarray, seed=0)[0, 0]
     return result if isinstance(result, batches.Unreadable) else result[0]
 
 
@@ -209,9 +212,20 @@ def drawn(mode: str = "RGB", size: tuple[int, int] = (50, 40)) -> Image.Image:
     return coarse.resize(size, Image.BICUBIC).convert(mode)
 
 
-def test_16_bits_keep_their_greys(tmp_path):
-    found = pixels(tmp_path, "grey.png", Image.fromarray(GREY))
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+def test_16_bits_keep_their_greys(dataset, tmp_path):
+    found = pixels(tmp_path, "grey.png", Image.fromarray(GREY), dataset)
     assert np.array_equal(found, np.repeat((GREY >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_16_bits_keep_their_greys_in_a_stream(tmp_path):
+    (tmp_path / "data/train/a").mkdir(parents=True)
+    Image.fromarray(GREY).save(tmp_path / "data/train/a/grey.png")
+    shards = pack(tmp_path / "wds", tmp_path / "data", train=1)
+    dataset = open_split(load_config(["dataset=wds/local", f"data_dir={shards}"]), "train", workers=0)
+    ((found, label),) = batches.Stream(dataset, np.asarray)
+    assert np.array_equal(found, np.repeat((GREY >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    assert label == 0
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1"])
@@ -251,8 +265,9 @@ def test_the_content_counts_and_not_the_ending(kind, tmp_path):
         (encoded(Image.new("1", (14000, 14000)), "PNG"), "DecompressionBombError"),
     ],
 )
-def test_what_cannot_be_read_is_named(content, reason, tmp_path):
-    found = pixels(tmp_path, "picture.png", content)
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+def test_what_cannot_be_read_is_named(dataset, content, reason, tmp_path):
+    found = pixels(tmp_path, "picture.png", content, dataset)
     assert found.name == str(tmp_path / "train" / "a" / "picture.png")
     assert re.match(reason, found.reason)
 

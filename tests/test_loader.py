@@ -10,12 +10,14 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.loader import fast_collate
 
+from conftest import pack
 from metaformer.analysis import loader, speed
 from metaformer.analysis.measured import Measured
 from metaformer.records import import_records
 from metaformer.training.batches import TrainBatches, seed_everything
 from metaformer.training.config import load_config
-from metaformer.training.distributed import join
+from metaformer.training.data import open_split
+from metaformer.training.distributed import Processes, join
 from metaformer.training.loader import train_loader
 
 SIDE = 32
@@ -88,6 +90,24 @@ def test_pictures_are_those_of_timm_whatever_their_encoding(workers, tmp_path):
     assert torch.equal(batch.images, images)
     assert torch.equal(batch.labels, labels)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_stream_has_the_batches_of_an_epoch_and_each_device_draws_its_own(pictures, tmp_path):
+    """Each loader process has 12 of the 24 pictures, which are a whole batch of ``device_batch`` and not two of 7."""
+    settings = [f"data_dir={pack(tmp_path / 'wds', pictures, train=2)}", "dataset=wds/local", f"img_size={SIDE}"]
+    config = load_config([*settings, "device_batch=12", "mean=[0, 0, 0]"])
+
+    def loaded(rank: int) -> list:
+        torch.manual_seed(0)  # as a run does in each process
+        batches = TrainBatches(24, 7, accumulation=1, rank=rank, world=1, seed=0)
+        dataset = open_split(config, "train", workers=2, is_training=True)
+        processes = Processes(torch.device("cpu"), rank=rank, world=2)
+        return list(train_loader(config, dataset, batches, processes, workers=2)), batches.steps
+
+    (batches, steps), (same, _), (other, _) = map(loaded, (0, 0, 1))
+    assert len(batches) >= steps
+    assert torch.equal(batches[0].images, same[0].images)
+    assert not torch.equal(batches[0].images, other[0].images)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 
-from conftest import EVERYTHING_RANDOM, TINY, draw, run_script, wait_for, wait_until
+from conftest import EVERYTHING_RANDOM, TINY, draw, pack, run_script, wait_for, wait_until
 from metaformer.training import distributed, slurm
 from metaformer.training.config import load_config
 from metaformer.training.distributed import Processes
@@ -93,6 +93,16 @@ def test_what_two_processes_validate_is_what_they_save(pictures, tmp_path):
     assert run_script("classification/validate.py", folder, "--record", tmp_path / "record.json") == 0
     metrics = json.loads((tmp_path / "record.json").read_text())["metrics"]
     assert float(rows(folder)[0]["val_loss"]) == pytest.approx(metrics["loss"], rel=1e-6)
+
+
+def test_two_processes_validate_each_picture_of_a_stream_once(run, pictures, tmp_path):
+    """The one has two shards of three pictures and the other one; timm would give both five, some of them twice."""
+    still = ("lr=0", "weight_decay=0", "epochs=1")
+    one, shards = run(*still), pack(tmp_path / "wds", pictures, train=2, val=3)
+    settings = ["dataset=wds/local", f"data_dir={shards}", "num_classes=3", *still, "output=two"]
+    for ended in pair(*settings, folders=(tmp_path, tmp_path)):
+        assert ended.status == 0, ended.printed
+    assert float(rows(tmp_path / "two")[0]["val_loss"]) == pytest.approx(float(rows(one)[0]["val_loss"]), rel=1e-5)
 
 
 def launch(pictures: Path, folder: Path, **environment: str) -> Script:

@@ -18,7 +18,7 @@ from timm.data import create_dataset
 from torchvision import transforms
 
 import metaformer
-from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, run_script, trained
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, pack, run_script, trained
 from metaformer import InputError
 from metaformer.training import batches, recipe
 from metaformer.training import engine as train
@@ -338,18 +338,9 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
     reference = run("epochs=1")
     for split in ("train", "val"):
         subprocess.run(["tar", "cf", f"{tmp_path}/{split}.tar", "-C", str(pictures / split), "a", "b", "c"], check=True)
-        shards = tmp_path / "wds"
-        shards.mkdir(exist_ok=True)
         (tmp_path / "hf").mkdir(exist_ok=True)
         files = sorted((pictures / split).glob("*/*.png"))
         labels = ["abc".index(file.parent.name) for file in files]
-        staging = tmp_path / "staging" / split
-        staging.mkdir(parents=True)
-        for i, (file, label) in enumerate(zip(files, labels, strict=True)):
-            (staging / f"{i:04d}.png").write_bytes(file.read_bytes())
-            (staging / f"{i:04d}.cls").write_text(str(label))
-        names = sorted(path.name for path in staging.iterdir())
-        subprocess.run(["tar", "cf", str(shards / f"{split}-0000.tar"), "-C", str(staging), *names], check=True)
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("abc")))
         columns = {"image": [str(file) for file in files], "label": labels}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hf" / f"{split}.parquet")
@@ -359,11 +350,7 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
         "hfds": [f"dataset=hfds/{tmp_path}/hf", f"data_dir={tmp_path}/cache"],
         "wds": ["dataset=wds/local", f"data_dir={tmp_path}/wds", "num_classes=3"],
     }
-    splits = {
-        name: {"name": name, "filenames": [f"{split}-0000.tar"], "shard_lengths": [images], "num_samples": images}
-        for name, split, images in [("train", "train", 24), ("validation", "val", 9)]
-    }
-    (tmp_path / "wds" / "_info.json").write_text(json.dumps({"splits": splits}))
+    shards = pack(tmp_path / "wds", pictures, train=1, val=1)
     staged_shard = tmp_path / "shard"
     staged_shard.mkdir()
     (staged_shard / "train-0000.tar").symlink_to(shards / "train-0000.tar")

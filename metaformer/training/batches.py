@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
+from torchvision.datasets import DatasetFolder
 
 from metaformer.errors import InputError
 from metaformer.training.config import Config
@@ -24,6 +25,10 @@ class Unreadable(NamedTuple):
 
     name: str
     reason: str
+
+
+def unreadable(name: str, error: Exception) -> Unreadable:
+    return Unreadable(printable(name), printable(f"{type(error).__name__}: {error}"))
 
 
 class Batch(NamedTuple):
@@ -91,19 +96,43 @@ class Images(Dataset):
             image, label = self._read(index)
             return self.transform(image), label
         except Exception as error:  # decoders fail in their own ways; the batch carries the failure to the main process
-            return Unreadable(printable(self.name(index)), printable(f"{type(error).__name__}: {error}"))
+            return unreadable(self.name(index), error)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        if not hasattr(self.dataset, "reader"):
+        if isinstance(self.dataset, DatasetFolder):  # past torchvision's loader, which makes greys of 16 bits white
+            path, label = self.dataset.samples[index]
+            file = open(path, "rb")  # noqa: SIM115
+        elif hasattr(self.dataset, "reader"):  # past timm's ImageDataset, which replaces what is unreadable by the next
+            file, label = self.dataset.reader[index]
+        else:
             image, label = self.dataset[index]
             return to_rgb(image), int(label)
-        # Past timm's ImageDataset, which puts the next picture in the place of one that it cannot read.
-        file, label = self.dataset.reader[index]
         with file:
             return to_rgb(Image.open(file)), int(label)
 
     def name(self, index: int) -> str:
-        return self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "filename") else f"picture {index}"
+        if isinstance(self.dataset, DatasetFolder):
+            return self.dataset.samples[index][0]
+        named = hasattr(self.dataset, "filename") and self.dataset.filename(index, absolute=True)
+        return named or f"picture {index}"  # those that lie in a data set of Hugging Face may have no name
+
+
+class Stream(IterableDataset):
+    """(uint8 tensor (3, H, W), label) of each picture of a stream, in its order."""
+
+    def __init__(self, dataset: IterableDataset, transform: Any):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
+        for number, (image, label) in enumerate(self.dataset):
+            try:
+                sample = self.transform(to_rgb(image)), label
+            except Exception as error:  # as in Images
+                sample = unreadable(f"picture {number} of a stream", error)
+            yield sample
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

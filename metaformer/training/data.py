@@ -68,18 +68,21 @@ def open_split(config: Config, split: str, workers: int, is_training: bool = Fal
         name, root = "", str(prepare_mnist5k(Path(root or "data/mnist5k")))
     if not name or name in ("folder", "torch/image_folder", "torch/folder"):
         check_folder(root, split)
+    # These readers would make greys of 16 bits white; batches.to_rgb does not.
+    colours = {"input_img_mode": ""} if name.startswith(("wds/", "hfids/")) else {}
     try:
         dataset = create_dataset(
             name,
             root=root,
             split=split,
             is_training=is_training,
-            batch_size=config.device_batch,
             seed=config.seed,
-            **config.dataset_args,
+            **{**colours, **config.dataset_args},
         )
         if isinstance(dataset, IterableDataset):  # a stream is shared out among the loader processes
             dataset.set_loader_cfg(num_workers=workers)
+            if not count(dataset):
+                raise InputError(f"its number of pictures is not given: write it after the name, as in {split}|50000")
         return dataset
     except Exception as error:  # each of timm's readers fails in its own ways
         reason = " ".join(str(error).split()) or type(error).__name__

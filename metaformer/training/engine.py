@@ -242,7 +242,11 @@ class Trainer:
         for turn in range(self.passes):
             images, labels = next(batches, (None, None))
             if images is None:
-                raise InputError(f"the data ended at step {step + 1} of {self.steps}: its num_samples is too large")
+                readers = self.processes.world * max(1, self.train_loader.num_workers)
+                raise InputError(
+                    f"the stream ended at step {step + 1} of {self.steps}: it has fewer pictures than stated, or fewer "
+                    f"shards than the {readers} loader processes: correct the number, or use fewer workers="
+                )
             if self.mix and len(labels) % 2:  # a picture was skipped, and Mixup needs pairs
                 images, labels = images[:-1], labels[:-1]
             if not len(labels):
@@ -279,9 +283,8 @@ class Trainer:
         model = self.ema.module if self.ema else self.model
         if self.processes.world > 1:  # each process has seen other batches; the main process's statistics are saved
             distribute_bn(model, self.processes.world)
-        return evaluate(
-            model, self.val_loader, self.config, self.processes, self.interruptible, self.skipped["validation"]
-        )
+        number, skipped = self.data.summary["val_images"], self.skipped["validation"]
+        return evaluate(model, self.val_loader, number, self.config, self.processes, self.interruptible, skipped)
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         progress = self.progress

@@ -39,6 +39,7 @@ def outputs(
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
+    number: int,
     config: Config,
     processes: Processes,
     progress: Callable[[Iterable], Iterable],
@@ -48,23 +49,32 @@ def evaluate(
     """top1 and top5 in percent, mean cross-entropy ``loss``, ``images`` and ``images_per_s``, over all processes.
 
     Args:
+        number: pictures of the split.
         progress: called with the loader; returns its batches.
         skipped: as in :func:`batches.checked`; the pictures left out count nowhere.
         order: for each class of the data its index among the logits, if their order is another.
 
     Raises:
-        InputError: a picture or label that :func:`batches.checked` refuses, or no picture that can be read.
+        InputError: a picture or label that :func:`batches.checked` refuses, no picture that can be read, or a stream
+            that gave more or fewer pictures than the split has.
     """
     start = time.perf_counter()
-    totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images
+    totals = torch.zeros(5, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images, left out
     batches = checked(progress(loader), model.num_classes, skipped)
     for logits, labels in outputs(model, batches, config, processes.device):
         if order is not None:
             logits = logits[:, order]
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)])
-    loss, top1, top5, images = processes.sum(totals).tolist()
+        totals[:4] += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)])
+    totals[4] = len(skipped or ())
+    loss, top1, top5, images, left_out = processes.sum(totals).tolist()
+    if images + left_out != number:
+        raise InputError(
+            f"the validation split has {number} pictures, and its stream gave {images + left_out:.0f}: correct the "
+            "number where it is stated, mend the pictures that cannot be read, use one process, or give the data as "
+            "folders or tars"
+        )
     if not images:
         raise InputError("no picture of the validation split can be read")
     seconds = time.perf_counter() - start
@@ -105,7 +115,7 @@ def validate(
     skipped: list[Unreadable] | None = [] if config.bad_pictures == "skip" else None
     try:
         with naming_killed_loaders():
-            metrics = evaluate(model, loader, config, processes, progress, skipped, order)
+            metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skipped, order)
     finally:
         shut_down(loader)
     skipped = [picture for part in processes.gather(skipped or []) for picture in part]

@@ -7,11 +7,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+import torch
+from timm.data.readers.reader import Reader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import PILToTensor
 
-from metaformer.errors import MachineError
-from metaformer.training.batches import Images, TrainBatches, collate, transform
+from metaformer.errors import InputError, MachineError
+from metaformer.training.batches import Images, Stream, TrainBatches, collate, transform
 from metaformer.training.config import Config
 from metaformer.training.distributed import STOP_SIGNALS, Processes
 from metaformer.training.memory import MemoryLoader, load_pictures
@@ -25,8 +27,11 @@ def train_loader(
         pictures = load_pictures(dataset, PILToTensor(), options).to(processes.device)
         return MemoryLoader(pictures, batches, config)
     if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
-        dataset.transform = transform(config, is_training=True)
-        return DataLoader(dataset, batch_size=batches.device_batch, drop_last=True, **options)
+        dataset.reader.batch_size = batches.device_batch  # each loader process yields whole batches
+        # Of the draws of the loader processes, which each device would repeat with the same seed.
+        generator = torch.Generator().manual_seed(config.seed * processes.world + processes.rank)
+        stream = Stream(dataset, transform(config, is_training=True))
+        return DataLoader(stream, batches.device_batch, drop_last=True, generator=generator, **options)
     images = Images(dataset, transform(config, is_training=True), config.seed)
     return DataLoader(images, batch_sampler=batches, **options)
 
@@ -37,13 +42,31 @@ def val_loader(config: Config, dataset: Dataset, processes: Processes, workers: 
     if config.data_in_memory:
         pictures = load_pictures(dataset, prepare, options).to(processes.device)
     elif isinstance(dataset, IterableDataset):
-        dataset.transform = prepare
-        return DataLoader(dataset, batch_size=config.device_batch, **options)
+        share_shards(dataset.reader, processes)
+        return DataLoader(Stream(dataset, prepare), config.device_batch, **options)
     keys = [(0, index) for index in range(processes.rank, len(dataset), processes.world)]
     batches = BatchSampler(keys, config.device_batch, drop_last=False)
     if config.data_in_memory:
         return MemoryLoader(pictures, batches)
     return DataLoader(Images(dataset, prepare), batch_sampler=batches, **options)
+
+
+def share_shards(reader: Reader, processes: Processes) -> None:
+    """Give each process the shards of a WebDataset that the others do not have, once each.
+
+    timm itself would give all processes equally many pictures, and repeat or leave out some for that.
+    """
+    from timm.data.readers.reader_wds import ReaderWds  # imports webdataset
+
+    if isinstance(reader, ReaderWds):
+        shards = reader.split_info.filenames
+        if len(shards) < processes.world:
+            raise InputError(
+                f"the validation split has {len(shards)} shards, too few for {processes.world} processes: make more "
+                "shards, or use fewer processes"
+            )
+        reader.split_info.filenames = shards[processes.rank :: processes.world]
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def loader_options(processes: Processes, workers: int) -> dict[str, Any]:
