@@ -30,9 +30,11 @@ def split_batch(global_batch: int, device_batch: int, world: int, even: bool) ->
     for passes in range(math.ceil(share / device_batch), share + 1):
         if share % passes == 0 and not (even and share // passes % 2):
             return share // passes, passes
+    remedies = [f"global_batch={(share + 1) * world}"] if share % 2 else []
+    remedies += ["device_batch=2 or more"] if device_batch == 1 else []
     raise InputError(
-        f"each process takes {share} of the {global_batch} images in a step, and Mixup and CutMix need even numbers: "
-        f"use global_batch={(share + 1) * world}, or mixup=0 cutmix=0"
+        f"each process takes {share} of the {global_batch} images in a step, in passes of {device_batch} or less, and "
+        f"Mixup and CutMix need even numbers: use {' and '.join(remedies)}, or mixup=0 cutmix=0"
     )
 
 
