@@ -6,16 +6,20 @@ import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
+import torch.distributed.run
 import yaml
+from submitit.slurm.test_slurm import mocked_slurm
 
 from conftest import EVERYTHING_RANDOM, TINY, draw, pack, run_script, wait_for, wait_until
 from metaformer.training import distributed, slurm
 from metaformer.training.config import load_config
 from metaformer.training.distributed import Processes
+from metaformer.training.engine import Trainer
 from metaformer.weights import read_checkpoint
 from oracles import relative_error
 from pairs import Script, Signal, pair
@@ -140,6 +144,31 @@ def test_after_a_kill_the_processes_restart_from_the_last_checkpoint_as_often_as
     assert (status, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > epoch
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(i + 1) for i in range(len(rows(tmp_path / "run")))]
+
+
+def test_the_launcher_waits_until_a_run_has_saved(monkeypatch):
+    """Nearly as long as Slurm waits, and not the 30 seconds of torchrun."""
+    given = []
+    monkeypatch.setattr(torch.distributed.run, "run", given.append)
+    monkeypatch.setenv("GPUS", "2")
+    assert run_script("classification/launch.py", "empty.yaml") == 0
+    assert 100 < given[0].shutdown_timeout < 120
+
+
+def test_machines_agree_on_what_decides_when_they_meet(pictures, tmp_path, monkeypatch):
+    compared = {}
+    monkeypatch.setattr(Processes, "check_same", lambda self, values: compared.update(values))
+    (tmp_path / "empty.yaml").write_text("")
+    config = load_config([str(tmp_path / "empty.yaml"), f"data_dir={pictures}", *TINY])
+    Trainer(config, Processes(torch.device("cpu")))
+    assert {"log_interval", "bad_pictures"} <= compared.keys()
+    assert not {"workers", "data_dir", "output", "resume"} & compared.keys()
+
+
+def test_a_job_is_queued_again_however_often_its_time_ends(tmp_path):
+    with mocked_slurm(), patch.object(slurm.shutil, "which", return_value="sbatch"):
+        [job] = slurm.submit([slurm.TrainingJob([], 1)], "slurm", str(tmp_path), None, 1, 1, 9)
+        assert job.submission()._timeout_countdown >= 1000
 
 
 def test_a_preempted_job_is_queued_again_when_the_run_has_saved(tmp_path):

@@ -62,7 +62,8 @@ class Trainer:
         seed_everything(config.seed)
         self.model = model = build_model(config, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
-        settings = config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE)
+        settings = config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE - {"bad_pictures", "log_interval"})
+        # Those two decide when the processes meet.
         processes.check_same({**settings, **self.data_facts()})
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model.to(self.device, memory_format=layout)

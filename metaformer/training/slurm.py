@@ -69,7 +69,8 @@ def submit(
     """
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node, or --cluster local")
-    executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
+    # submitit itself would queue a job again after three timeouts only.
+    executor = submitit.AutoExecutor(folder=logs, cluster=cluster, slurm_max_num_timeout=1_000_000)
     executor.update_parameters(
         name="metaformer",
         timeout_min=minutes,
