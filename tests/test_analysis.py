@@ -14,6 +14,7 @@ import modelindex
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import timm
 import torch
 import yaml
@@ -587,7 +588,8 @@ def test_a_record_fills_the_cells_of_its_row(root, make_tables):
     put(root, "c", evaluation(top1=77.24, file="poolformer_s12.pth.tar", training=None))
     put(root, "d", evaluation(top1=78.83, epochs=2000, sha256="2" * 64))
     assert make_tables("table2", "table5", "table7", "--format", "csv")[0] == 0
-    both = "77.2 ± 0.3 of 2 runs (best.pt); 77.2 (poolformer_s12.pth.tar)"
+    half = scipy.stats.t.ppf(0.975, 1) * scipy.stats.sem([77.0, 77.4])
+    both = f"77.2 ± {half:.1f} (95 %) of 2 runs (best.pt); 77.2 (poolformer_s12.pth.tar)"
     assert table(root, "table2").set_index("model").loc["PoolFormer-S12", "top-1, % (here)"] == both
     assert table(root, "table5").set_index("model").loc["poolformer_s12", "top-1, % (here)"] == both
     longer = table(root, "table7").set_index("epochs")["top-1, % (here)"]

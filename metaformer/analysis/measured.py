@@ -1,6 +1,7 @@
 """Read the records of analysis/results/ and check them against the table rows in which they appear."""
 
 import json
+import math
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Classification, Evaluation, Record, Training, read_record
 from metaformer.records.schema import Detection, Segmentation
-from metaformer.records.statistics import Results
+from metaformer.records.statistics import Results, student
 from metaformer.variants import VARIANTS
 
 
@@ -67,8 +68,10 @@ class Measured:
                     by_file[file].append(100 * value if metric.startswith("coco/") else value)
         texts = []
         for file, values in by_file.items():
-            several = len(values) > 1
-            shown = f"{Mean(mean(values), stdev(values))} of {len(values)} runs" if several else Number(values[0], 1)
+            shown = str(Number(values[0], 1))
+            if (number := len(values)) > 1:
+                interval = student(mean(values), stdev(values) / math.sqrt(number), number - 1)
+                shown = f"{Mean(interval.value, interval.high - interval.value)} (95 %) of {number} runs"
             texts.append(f"{shown} ({file})")
         return Measurement("; ".join(texts) or None)
 
