@@ -15,7 +15,8 @@ import yaml
 
 from conftest import ROOT, draw, run_script, trained
 from metaformer import ABLATIONS, QUESTIONS, InputError
-from metaformer.analysis import studies
+from metaformer.analysis import readme, studies
+from metaformer.analysis.cells import Table
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import rows_of
 from metaformer.records import Training, import_records, parse
@@ -348,6 +349,16 @@ def test_verdicts(monkeypatch):
     assert found.judge([{"pool7": 1, "pool5": -1}]).verdict == "not run"
     assert found.judge([{"relu": 1, "pool5": -1}]).verdict == "not run"
     assert found.judge([{"relu": 1, "pool5": -1}, {"pool5": 1, "identity": -1}]).verdict == "fails"
+
+
+def test_the_status_names_a_study_with_missing_runs(monkeypatch, tmp_path):
+    measured = Measured(tmp_path)
+    measured.studies["cifar10"] = found = results(monkeypatch, {"identity": A})
+    tables = {name: Table(name, "", [], []) for name in readme.NUMBERED}
+    planned = len(found.study.rows) * len(found.study.seeds)
+    assert f"(cifar10 is partial: 3 of {planned} runs)" in readme.status(tables, measured)
+    found.study.rows, found.study.seeds = ["identity"], [0, 1, 2]
+    assert "partial" not in readme.status(tables, measured)
 
 
 def test_a_run_cannot_be_counted_twice(monkeypatch):

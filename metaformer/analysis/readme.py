@@ -10,7 +10,7 @@ from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import captions, rows_of
 from metaformer.analysis.render import TEMPLATES, markdown
 from metaformer.analysis.speed import beside_timm
-from metaformer.analysis.studies import cost_of, fault_rows, judged
+from metaformer.analysis.studies import cost_of, fault_rows, judged, missing_of
 from metaformer.analysis.tables import cells
 from metaformer.records.schema import Parity
 from metaformer.training.config import settings_table
@@ -58,6 +58,7 @@ def status(tables: dict[str, Table], measured: Measured) -> str:
         planned=len(accuracies),
         decided=len({each["statement"] for each in asked if each["verdict"].kind in ("holds", "fails")}),
         asked=len({each["statement"] for each in asked}),
+        partial={name: of for name, results in measured.studies.items() if (of := missing_of(results))[0]},
         devices={device for _, device, _, _ in beside_timm(measured)},
     ).strip()
 

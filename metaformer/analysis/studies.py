@@ -67,12 +67,17 @@ def study_notes(name: str, results: Results) -> Iterator[str]:
         yield f"{name}: Spearman's rank correlation with the paper over {number} rows: {r.value:.2f} ({interval})."
 
 
-def cost_of(name: str, results: Results) -> str:
+def missing_of(results: Results) -> tuple[int, int]:
+    """How many of the planned runs are missing, and how many are planned."""
     planned = set(product(results.study.rows, results.study.seeds))
-    missing = len(planned - {(record.settings.row, record.seed) for record in results.records})
+    return len(planned - {(record.settings.row, record.seed) for record in results.records}), len(planned)
+
+
+def cost_of(name: str, results: Results) -> str:
+    missing, planned = missing_of(results)
     hardware = " and ".join(dict.fromkeys(record.hardware.device for record in results.records))
     hours = sum(record.wall_s or 0 for record in results.records) / 3600
-    partial = f"; partial, {missing} of the {len(planned)} planned are missing" if missing else ""
+    partial = f"; partial, {missing} of the {planned} planned are missing" if missing else ""
     return f"{name}: {len(results.records)} runs, {hours:.1f} hours added up, on {hardware}{partial}."
 
 
