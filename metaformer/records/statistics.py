@@ -24,12 +24,16 @@ from scipy import stats
 
 from metaformer.errors import InputError
 from metaformer.records.schema import Training
+from metaformer.training.checkpoints import MAY_CHANGE
 from metaformer.training.config import check
 from metaformer.training.study import Study, read_study
 from metaformer.variants import ROWS
 
 STATEMENTS = Path(__file__).resolve().parents[2] / "analysis/statements.yaml"
 CONFIDENCE = 0.95
+
+OF_MODEL = {"crop_pct", "interpolation", "mean", "std"}
+"""Settings that a run takes from its model where the recipe does not give them."""
 
 Weights = dict[str, float]
 """Of a sum of mean top-1 by row; a test may also use ``chance``, the top-1 of guessing, and ``point``, which is 1."""
@@ -160,7 +164,10 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
         raise InputError(f"{name} has a record of row {row!r}, which ablate.py does not know")
     recipe = {**study.recipe, **ROWS[row]}
     expected = check(recipe, source=name).model_dump(mode="json")
-    fields = {key: (getattr(settings, key, None), expected[key]) for key in recipe}
+    given = settings.model_dump(exclude_unset=True)
+    compared = expected.keys() - MAY_CHANGE - {"seed", "study", "row"} - (OF_MODEL - recipe.keys())
+    # Records of earlier versions lack later settings.
+    fields = {key: (given.get(key), expected[key]) for key in sorted(compared) if key in recipe or key in given}
     fields |= {f"data.{what}": (getattr(record.data, what, None), number) for what, number in study.data}
     fields["skipped pictures"] = sum(record.skipped.values()), 0
     for field, (found, planned) in fields.items():
