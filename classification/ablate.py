@@ -15,6 +15,7 @@ from pathlib import Path
 
 from metaformer.errors import InputError, run_command
 from metaformer.training import study as studies
+from metaformer.training.checkpoints import locked
 from metaformer.training.slurm import TrainingJob, submit
 
 
@@ -22,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="ablate.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", metavar="STUDY", help="file like those in configs/studies/, or its name there")
+    parser.add_argument("study", metavar="STUDY", help="file in configs/studies/, or its name")
     parser.add_argument("--data-dir", required=True, help="folder with train/ and val/, each with a folder per class")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"default: the study's; of {', '.join(studies.ROWS)}")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: the study's")
@@ -53,7 +54,7 @@ def main() -> int:
         jobs = submit(jobs, "slurm", logs, options.partition, 1, studies.CORES_PER_RUN, options.time)
         print(f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
         return 0
-    with studies.alone(output) as lock:
+    with locked(output) as lock:
         return studies.run_all(runs, places, lock)
 
 

@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_does_not_push_out_the_good_one(two_epochs, monkeyp
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Trainer, "run", stop)
+    monkeypatch.setattr(train.Trainer, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         trained("stopped")
     assert (two_epochs / "last.pt").read_bytes() == good

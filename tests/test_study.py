@@ -23,6 +23,7 @@ from metaformer.records import Training, import_records, parse
 from metaformer.records.statistics import Judgement, Results, holm, statements
 from metaformer.training import slurm
 from metaformer.training import study as ablate
+from metaformer.training.checkpoints import locked
 from metaformer.training.config import check
 from metaformer.training.study import read_study
 from metaformer.variants import ROWS
@@ -45,8 +46,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def study(tmp_path):
+def study(tmp_path, monkeypatch):
     """Writes a study file: study(epochs=3) changes the recipe."""
+    monkeypatch.setattr(ablate, "STUDIES", tmp_path)
 
     def write(rows=("baseline", "pppa"), seeds=(0, 1), **recipe) -> Path:
         path = tmp_path / "tiny.yaml"
@@ -80,7 +82,7 @@ def ablated(study: Path, data: Path, *arguments: object) -> int:
     return run_script("classification/ablate.py", study, "--data-dir", data, "--output", output, *arguments)
 
 
-def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, forked, monkeypatch, capsys):
+def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, forked, capsys):
     path = study()
     assert ablated(path, data, "--rows", "baseline") == 0
     first = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/run.json")}
@@ -101,7 +103,6 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, forked, mo
     import_records([tmp_path / "out"], results)
     records = {file.stem: file for file in results.glob("tiny/*.json")}
     assert records.keys() == runs.keys()
-    monkeypatch.setattr(ablate, "STUDIES", tmp_path)
     measured = Measured(results)
     assert measured.problems == []
     rows = {row["row"]: row for row in studies.proxy(measured).rows}
@@ -114,12 +115,11 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, forked, mo
     assert problem in Measured(results).problems[0]
 
 
-def test_a_run_that_diverges_is_a_result(study, data, tmp_path, forked, monkeypatch, capsys):
+def test_a_run_that_diverges_is_a_result(study, data, tmp_path, forked, capsys):
     path = study(rows=["baseline"], seeds=[0], lr=1e30)
     assert ablated(path, data) == 0
     assert "baseline, seed 0: diverged (the loss was not finite" in capsys.readouterr().out
     import_records([tmp_path / "out"], tmp_path / "results")
-    monkeypatch.setattr(ablate, "STUDIES", tmp_path)
     measured = Measured(tmp_path / "results")
     assert measured.problems == []
     assert measured.studies["tiny"].top1.to_dict() == {"baseline": {0: 100 / 3}}
@@ -162,13 +162,13 @@ def test_a_failed_run_is_not_counted(study, data, tmp_path, capsys):
 def test_a_folder_has_one_study_at_a_time_and_waits_for_its_runs(study, data, tmp_path, capsys):
     path = study()
     ablate.prepare_output(tmp_path / "out", ablate.read_study(str(path))[1])
-    with ablate.alone(tmp_path / "out") as lock:
+    with locked(tmp_path / "out") as lock:
         run = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
     assert ablated(path, data) == 2
-    assert capsys.readouterr().err.endswith("out has runs under way: wait for them or stop them\n")
+    assert capsys.readouterr().err.endswith("out: wait for it or stop it\n")
     run.kill()
     run.wait()
-    with ablate.alone(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         pass
 
 
@@ -223,8 +223,13 @@ def test_wrong_arguments(arguments, says, study, data, monkeypatch, capsys):
 
 
 def test_wrong_studies(study, data, tmp_path, capsys):
-    with pytest.raises(InputError, match=r"there is no study 'cifar1' \(did you mean 'cifar10'\?\)"):
-        ablate.read_study("cifar1")
+    study()
+    with pytest.raises(InputError, match=r"there is no study 'tin' \(did you mean 'tiny'\?\)"):
+        ablate.read_study("tin")
+    (tmp_path / "mine").mkdir()
+    elsewhere = study().rename(tmp_path / "mine/tiny.yaml")
+    with pytest.raises(InputError, match=r"mine/tiny.yaml is not in .*: copy it there"):
+        ablate.read_study(str(elsewhere))
     with pytest.raises(InputError, match="there is no row 'none'"):
         ablate.read_study(str(study(rows=["none"])))
     with pytest.raises(InputError, match=r"unknown setting 'epoch_s' \(did you mean 'epochs'\?\)"):
@@ -377,6 +382,25 @@ def test_a_run_that_left_out_pictures_is_not_comparable(monkeypatch):
     assert Results("cifar10", [parse(content, Path("x"))]).top1.to_dict() == {"identity": {0: 70.0}}
     with pytest.raises(InputError, match="row identity, seed 0 with skipped pictures=1, and the study has 0"):
         Results("cifar10", [parse({**content, "skipped": {"training": 0, "validation": 1}}, Path("x"))])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "planned"),
+    [("weight_decay", 0.5, 0.05), ("mixup", 0.8, 0.0), ("clip_grad", 1.0, None), ("checkpoint", "x.pt", None)],
+)
+def test_a_record_with_a_setting_that_the_recipe_leaves_alone_is_refused(name, value, planned, monkeypatch):
+    (record,) = results(monkeypatch, {"identity": [70.0]}).records
+    monkeypatch.undo()
+    study = read_study("cifar10-cpu")[1]
+    settings = check({**study.recipe, **ROWS["identity"]}, source="x").model_dump(mode="json")
+    # What the model fills in, what does not change a run, and what an earlier version did not have.
+    settings |= {"interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "workers": 7, "output": "x"}
+    del settings["erase_count"]
+    settings |= {"study": "cifar10-cpu", "row": "identity", "seed": 0}
+    content = {**record.model_dump(), "settings": settings, "data": study.data.model_dump()}
+    assert len(Results("cifar10-cpu", [parse(content, Path("x"))]).runs) == 1
+    with pytest.raises(InputError, match=f"seed 0 with {name}={value}, and the study has {planned}: the record has "):
+        Results("cifar10-cpu", [parse({**content, "settings": {**settings, name: value}}, Path("x"))])
 
 
 def test_copies_of_the_data_that_differ_are_noted(monkeypatch):

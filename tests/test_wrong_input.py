@@ -1,20 +1,30 @@
 """Wrong input ends in one clear sentence that names the thing and the mend, with exit status 2, and nothing is lost."""
 
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
 import runpy
 import socket
 import subprocess
 import sys
+import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from conftest import ROOT, TINY, draw, trained
+from conftest import ROOT, TINY, draw, pack, trained
 from metaformer import InputError
 from metaformer.training import engine as train
 from metaformer.training.batches import Batch, checked
+from metaformer.training.checkpoints import locked
+from metaformer.training.config import load_config
+from metaformer.training.data import open_split
+from metaformer.training.distributed import Processes
+from metaformer.training.loader import share_shards
 from metaformer.weights import read_checkpoint
 from pairs import Script
 
@@ -85,6 +95,9 @@ def copied(pictures, root):
         (["num_classes=10"], r"num_classes is 10, but .* has 3 classes"),
         (["global_batch=25"], r"global_batch=25 is larger than the 24 training images: use global_batch=24 or less"),
         (["global_batch=5", "mixup=0.8"], r"Mixup and CutMix need even numbers: use global_batch=6, or mixup=0"),
+        (["global_batch=4", "device_batch=1", "mixup=0.8"], r"need even numbers: use device_batch=2 or more, or mixup"),
+        (["global_batch=5", "device_batch=1", "cutmix=1"], r"use global_batch=6 and device_batch=2 or more, or mixup"),
+        (["dataset=mnist5k", "data_dir=empty.yaml/no/digits"], r"cannot write empty.yaml/no/digits: Not a directory"),
         (
             ["pretrained=true", "model_args={pretrained_cfg_overlay: {url: 'file:///nowhere.pth'}}"],
             r"cannot fetch file:///nowhere.pth .*name the file as checkpoint",
@@ -150,6 +163,52 @@ def test_unreadable_picture_is_named(split, content, workers, run, pictures, tmp
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
+def test_a_stream_that_gives_other_pictures_than_it_states(run, pictures, tmp_path):
+    """Its reader leaves out what it cannot read, and says nothing that reaches the run."""
+    root = copied(pictures, tmp_path / "data")
+    shards = pack(tmp_path / "wds", root, train=1, val=1)
+    (root / "val" / "b" / "001.png").write_bytes(b"")
+    damaged = pack(tmp_path / "damaged", root, val=1) / "val-0000.tar"
+    settings = ["dataset=wds/local", f"data_dir={shards}", "num_classes=3", "epochs=1"]
+    for split, sentence in (
+        (f"val_split={damaged}|9", r"the validation split has 9 pictures, and its stream gave 8: correct the number"),
+        ("val_split=val-{0000..0000}.tar|10", r"has 10 pictures, and its stream gave 9: .*, use one process, or give"),
+        (
+            "val_split=val-{0000..0000}.tar",
+            r"its number of pictures is not given: .* as in val-\{0000..0000\}.tar\|50000",
+        ),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            run(*settings, split, output=split.replace("/", ""))
+
+
+def test_a_stream_of_too_few_shards(run, pictures, tmp_path):
+    shards = pack(tmp_path / "wds", pictures, train=1, val=1)
+    settings = ["dataset=wds/local", f"data_dir={shards}", "num_classes=3", "epochs=1"]
+    with pytest.raises(
+        InputError, match=r"ended at step 2 of 3: .* shards than the 2 loader processes: .* fewer workers="
+    ):
+        run(*settings, "workers=2")
+    reader = open_split(load_config(settings), "validation", workers=0).reader
+    with pytest.raises(InputError, match=r"has 1 shards, too few for 2 processes: make more shards"):
+        share_shards(reader, Processes(torch.device("cpu"), world=2))
+
+
+def test_a_picture_without_a_name_is_numbered(run, pictures, tmp_path):
+    """Of Hugging Face's data sets, those with the bytes of their pictures."""
+    import datasets
+
+    for split in ("train", "validation"):
+        files = sorted((pictures / split[:5].replace("valid", "val")).glob("*/*.png"))
+        images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+        images[5]["bytes"] = b"no picture"
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("abc")))
+        columns = {"image": images, "label": ["abc".index(file.parent.name) for file in files]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hf" / f"{split}.parquet")
+    with pytest.raises(InputError, match=r"cannot use the picture picture 5 \(UnidentifiedImageError"):
+        run(f"dataset=hfds/{tmp_path}/hf", f"data_dir={tmp_path}/cache")
+
+
 def test_label_out_of_range():
     batch = Batch(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 1]), [])
     assert list(checked(iter([batch]), num_classes=3)) == [batch[:2]]
@@ -213,6 +272,33 @@ def test_a_run_is_not_overwritten(run):
     with pytest.raises(InputError, match=r"trained with lr=0.002 and cannot continue with lr=0.1"):
         run("epochs=1", "lr=0.1", "--resume")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_folder_has_one_run_at_a_time(run, monkeypatch):
+    folder = run("epochs=1")
+    with locked(folder):
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        for settings in (["epochs=1"], ["epochs=1", "--resume"]):
+            with pytest.raises(InputError, match=r"a run is under way in run: wait for it or stop it"):
+                run(*settings)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+            run("epochs=1", "--resume")
+    run("epochs=1", "--resume")
+
+
+def test_a_lock_ends_with_its_process_and_not_with_those_of_the_loader(tmp_path):
+    forked = multiprocessing.get_context("fork")
+    begun = forked.Event()
+    with locked(tmp_path):
+        loader = forked.Process(target=lambda: (begun.set(), time.sleep(60)))
+        loader.start()
+    begun.wait()
+    with locked(tmp_path):
+        assert loader.is_alive()
+    loader.kill()
+    loader.join()
 
 
 def test_the_command_prints_one_line_and_exits_with_2(tmp_path):

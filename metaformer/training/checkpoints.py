@@ -1,9 +1,13 @@
 """The folder of a run with its checkpoints last.pt, previous.pt and best.pt."""
 
+import errno
+import fcntl
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -65,17 +69,50 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def open_folder(config: Config) -> Path:
-    """Create or find the run's folder.
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Create the folder and lock it; yields the lock's file descriptor.
+
+    A program that inherits the descriptor keeps the lock after the end of this process. File systems without locks are
+    used without.
+
+    Raises:
+        InputError: a run has the lock, or the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file:
+        # The loader's processes outlive this one for seconds if it is killed.
+        os.register_at_fork(after_in_child=file.close)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"a run is under way in {folder}: wait for it or stop it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+        yield file.fileno()
+
+
+def start_time() -> str:
+    """The launcher sets it once for all processes and their restarts."""
+    return os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def folder_of(config: Config) -> Path:
+    """The run's folder, by default one named after the model, the data and the time."""
+    data_name = Path(config.dataset or config.data_dir or "").name
+    return Path(config.output or f"runs/{config.model}-{data_name}-{start_time()}")
+
+
+def open_folder(config: Config, folder: Path) -> None:
+    """Begin a run in the folder, or check that the run in it can continue.
 
     Raises:
         InputError: the folder contains a run with other settings or a run without ``resume``, or cannot be written.
     """
-    data_name = Path(config.dataset or config.data_dir or "").name
-    # The launcher sets the time once for all processes and their restarts.
-    stamp = os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
-    folder = Path(config.output or f"runs/{config.model}-{data_name}-{stamp}")
-    path, comment = folder / "config.yaml", f"# begun {stamp}"
+    path, comment = folder / "config.yaml", f"# begun {start_time()}"
     if path.is_file():
         # Processes that torchrun restarts after a failure continue the run that the same launcher began.
         begun_here = path.read_text(encoding="utf-8", errors="replace").startswith(comment + "\n")
@@ -87,10 +124,7 @@ def open_folder(config: Config) -> Path:
             for partial in folder.glob("*.tmp"):  # left by a killed process
                 partial.unlink()
     else:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         save_config(config, path, comment)
-    return folder
 
 
 def check_same_settings(before: Config, now: Config, folder: Path) -> None:
@@ -103,7 +137,7 @@ def check_same_settings(before: Config, now: Config, folder: Path) -> None:
             )
 
 
-def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any], folder: Path) -> list[str]:
+def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any], folder: Path) -> str | None:
     """Refuse to continue ``state`` with other settings, other classes or another number of pictures.
 
     Returns a warning if pictures have been replaced.
@@ -115,7 +149,7 @@ def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any],
             f"{folder} was trained with {name}={changed[name]}, and its data now have {facts[name]}: continue with the "
             "data as they were, or give another output="
         )
-    return [f"warning: pictures have other names or sizes than when {folder} was last trained"] if changed else []
+    return f"warning: pictures have other names or sizes than when {folder} was last trained" if changed else None
 
 
 def load_last(folder: Path) -> dict[str, Any] | None:

@@ -103,10 +103,6 @@ class Trainer:
         # Since the processes last met. None: nothing is skipped.
         self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
-        self.output = processes.from_main(lambda: checkpoints.open_folder(config))
-        self.log = RunLog(self.output, self.facts(), self.epochs, self.steps, processes.is_main)
-        if state := processes.from_main(lambda: checkpoints.load_last(self.output)):
-            self.load(state)
 
     def data_facts(self) -> dict[str, Any]:
         """What must be true of the data of all processes, and of a run that continues."""
@@ -141,7 +137,7 @@ class Trainer:
         return weights
 
     def load(self, state: dict[str, Any]) -> None:
-        for warning in checkpoints.check_same_run(state, self.config, self.data_facts(), self.output):
+        if warning := checkpoints.check_same_run(state, self.config, self.data_facts(), self.output):
             self.log.say(warning)
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
@@ -162,6 +158,20 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end; returns the exit status, 128 + the signal's number if one stopped the run."""
+        self.output = self.processes.from_main(lambda: checkpoints.folder_of(self.config))
+        with checkpoints.locked(self.output) if self.processes.is_main else nullcontext():
+            self.open()
+            return self.finish()
+
+    def open(self) -> None:
+        """Open the run's folder and take up the state that it holds."""
+        self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output))
+        self.log = RunLog(self.output, self.facts(), self.epochs, self.steps, self.processes.is_main)
+        if state := self.processes.from_main(lambda: checkpoints.load_last(self.output)):
+            self.load(state)
+
+    def finish(self) -> int:
+        """Train to the end; returns as :meth:`run`."""
         self.log.plan(self.progress, precision_on(self.config, self.device))
         if self.progress.epoch == self.epochs and checkpoints.read_run(self.output).get("status") == "finished":
             self.log.say(f"{self.output} is finished")

@@ -1,14 +1,11 @@
 """Train rows of Table 5 on a small task with several seeds each, several runs at a time."""
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -81,14 +78,16 @@ class Run(NamedTuple):
 
 
 def read_study(given: str) -> tuple[str, Study]:
-    """Read a study and its name from a file, or by its name in configs/studies/.
+    """Read a study and its name, from a file of configs/studies/ or by its name there.
 
     Raises:
-        InputError: the study does not exist, or has a wrong field, row or setting.
+        InputError: the study does not exist or is elsewhere, or has a wrong field, row or setting.
     """
     path = Path(given) if given.endswith(".yaml") else STUDIES / f"{given}.yaml"
     if not path.is_file():
         check_known("study", given, sorted(file.stem for file in STUDIES.glob("*.yaml")))
+    if path.resolve().parent != STUDIES.resolve():
+        raise InputError(f"{path} is not in {STUDIES}, where its records would be judged by it: copy it there")
     try:
         study = Study(**read_yaml_mapping(path))
     except ValidationError as error:
@@ -170,23 +169,12 @@ class Places:
         return environment
 
 
-@contextmanager
-def alone(output: Path) -> Iterator[int]:
-    """Lock the folder; yields the file descriptor, which the runs inherit, so that the lock outlives this process.
-
-    Raises:
-        InputError: another study, or a run that outlived its study, has the lock.
-    """
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{output} has runs under way: wait for them or stop them") from error
-        yield lock.fileno()
-
-
 def run_all(runs: list[Run], places: Places, lock: int) -> int:
-    """Run all that are not done; returns the exit status, 128 + the number of the signal that stopped the study."""
+    """Run all that are not done; returns the exit status, 128 + the number of the signal that stopped the study.
+
+    Args:
+        lock: file descriptor of the lock of the study's folder, which the runs inherit.
+    """
     waiting = deque(run for run in runs if not run.done)
     free = deque(range(places.number))
     active: dict[int, tuple[Run, subprocess.Popen]] = {}
