@@ -4,7 +4,7 @@ Each run is a run of train.py in the folder OUTPUT/ROW-SEED, with its log beside
 runs that were stopped and skips those that finished or diverged. On a machine with GPUs the runs share them.
 --partition submits them to a Slurm cluster instead, each as a job with one GPU. These commands then compare the rows:
 
-python analysis/records.py OUTPUT && python analysis/make_tables.py && python analysis/make_figures.py
+    python analysis/records.py OUTPUT && python analysis/make_figures.py && python analysis/make_tables.py
 """
 
 import argparse

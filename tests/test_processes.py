@@ -1,6 +1,7 @@
 """Several processes: the same numbers as one, decisions taken together, and machines that share no disk."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -150,6 +151,7 @@ def test_the_launcher_waits_until_a_run_has_saved(monkeypatch):
     """Nearly as long as Slurm waits, and not the 30 seconds of torchrun."""
     given = []
     monkeypatch.setattr(torch.distributed.run, "run", given.append)
+    monkeypatch.setattr(logging, "disable", lambda level: None)  # the tests that follow read logs
     monkeypatch.setenv("GPUS", "2")
     assert run_script("classification/launch.py", "empty.yaml") == 0
     assert 100 < given[0].shutdown_timeout < 120
