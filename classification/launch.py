@@ -50,7 +50,8 @@ def main() -> int:
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     options = [f"--nnodes={nodes}", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
     options.append("--signals-to-handle=" + ",".join(signal.Signals(number).name for number in STOP_SIGNALS))
-    options.append("--shutdown-timeout=110")  # seconds to save; Slurm gives 120
+    # Seconds to save; Slurm gives 120. Earlier versions of PyTorch do not read this and always give 30.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "110")
     if nodes == 1 and "PORT" not in os.environ:
         options.append("--standalone")  # a port that is free
     elif restarts:  # this store is new at each restart; a shared one would keep the addresses of dead processes

@@ -15,6 +15,7 @@ import torch
 import torch.distributed.run
 import yaml
 from submitit.slurm.test_slurm import mocked_slurm
+from torch.distributed.run import config_from_args
 
 from conftest import EVERYTHING_RANDOM, TINY, draw, pack, run_script, wait_for, wait_until
 from metaformer.training import distributed, slurm
@@ -150,7 +151,7 @@ def test_after_a_kill_the_processes_restart_from_the_last_checkpoint_as_often_as
 def test_the_launcher_waits_until_a_run_has_saved(monkeypatch):
     """Nearly as long as Slurm waits, and not the 30 seconds of torchrun."""
     given = []
-    monkeypatch.setattr(torch.distributed.run, "run", given.append)
+    monkeypatch.setattr(torch.distributed.run, "run", lambda args: given.append(config_from_args(args)[0]))
     monkeypatch.setattr(logging, "disable", lambda level: None)  # the tests that follow read logs
     monkeypatch.setenv("GPUS", "2")
     assert run_script("classification/launch.py", "empty.yaml") == 0
