@@ -90,12 +90,13 @@ def speed(measured: Measured) -> str:
 
 
 def conclusions(measured: Measured) -> str:
-    """The cost of each study, and how many statements hold in it."""
+    """The cost of each study, how many statements hold in it, and those that Holm's correction decides."""
     studies = []
     for name, results in measured.studies.items():
         asked = [each for each in judged(measured) if each["study"] == name]
         kinds = Counter(each["verdict"].kind for each in asked), Counter(each["after Holm"] for each in asked)
-        studies.append((name, cost_of(name, results), *kinds))
+        decided = [each for each in asked if each["after Holm"] in ("holds", "fails")]
+        studies.append((name, cost_of(name, results), *kinds, decided))
     return SECTIONS.conclusions(studies).strip()
 
 

@@ -103,6 +103,8 @@ class Trainer:
         # Since the processes last met. None: nothing is skipped.
         self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
+        self.output = processes.from_main(lambda: checkpoints.folder_of(config))
+        self.log = RunLog(self.output, self.facts(), self.epochs, self.steps, processes.is_main)
 
     def data_facts(self) -> dict[str, Any]:
         """What must be true of the data of all processes, and of a run that continues."""
@@ -158,20 +160,14 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end; returns the exit status, 128 + the signal's number if one stopped the run."""
-        self.output = self.processes.from_main(lambda: checkpoints.folder_of(self.config))
         with checkpoints.locked(self.output) if self.processes.is_main else nullcontext():
-            self.open()
+            self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output))
+            if state := self.processes.from_main(lambda: checkpoints.load_last(self.output)):
+                self.load(state)
             return self.finish()
 
-    def open(self) -> None:
-        """Open the run's folder and take up the state that it holds."""
-        self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output))
-        self.log = RunLog(self.output, self.facts(), self.epochs, self.steps, self.processes.is_main)
-        if state := self.processes.from_main(lambda: checkpoints.load_last(self.output)):
-            self.load(state)
-
     def finish(self) -> int:
-        """Train to the end; returns as :meth:`run`."""
+        """From the state that was loaded to the end; returns as :meth:`run`."""
         self.log.plan(self.progress, precision_on(self.config, self.device))
         if self.progress.epoch == self.epochs and checkpoints.read_run(self.output).get("status") == "finished":
             self.log.say(f"{self.output} is finished")
