@@ -87,7 +87,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     position differently from larger ones. If the last map has a side of one, its file is for this ``size`` only.
 
     Raises:
-        InputError: the file cannot be written, or computes something else than the model.
+        InputError: PyTorch cannot export the model, or the file cannot be written or computes something else.
     """
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
     channels, stride, overlap = 3, 1, False
