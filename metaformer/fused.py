@@ -102,11 +102,11 @@ def applies(block: MetaFormerBlock, x: Tensor) -> bool:
 
 
 def few_positions(x: Tensor) -> bool:
-    """Whether maps ``x`` have fewer positions than channels on a CPU.
+    """Whether maps ``x`` have fewer than two positions for each channel on a CPU, summed over the batch.
 
     The fused form saves passes over maps and adds passes over the weights, which are then larger.
     """
-    return x.device.type == "cpu" and x.numel() < x.shape[1] ** 2
+    return x.device.type == "cpu" and x.numel() < 2 * x.shape[1] ** 2
 
 
 def fusable(block: MetaFormerBlock) -> bool:
