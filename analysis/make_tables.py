@@ -35,8 +35,7 @@ def main() -> int:
     files = outputs(tables, formats, measured)
     changed = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in [] if options.check else changed:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, lambda file, text=files[path]: file.write(text.encode()))
+        write_file(path, files[path].encode())
     for table in tables.values():
         print(table.summary())
     for problem in measured.problems:

@@ -14,7 +14,7 @@ from torch.export import Dim
 from metaformer.errors import InputError, check_known
 from metaformer.mixers import Size
 from metaformer.model import MetaFormer
-from metaformer.provenance import write_file, writing
+from metaformer.provenance import write_file
 from metaformer.weights import Opened
 from metaformer.weights.opener import fixes_size
 
@@ -117,9 +117,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     error = largest_error(exported, model, channels, sizes)
     if not error <= TOLERANCE:
         raise InputError(f"the exported model differs from the model by {error:.1e} of its output: nothing written")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(target, lambda file: file.write(content))
+    write_file(target, content)
     takes = f"height, width) from {smallest} pixels a side" if varies else f"{size[0]}, {size[1]})"
     return (
         f"images (batch, {channels}, {takes}; largest relative error {error:.1e} with batches of "

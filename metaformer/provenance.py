@@ -1,19 +1,20 @@
 """The provenance of a result (command, commit, versions, hardware, date), and atomic writing of files."""
 
 import hashlib
+import io
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -88,8 +89,8 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
-    """Writes a file whole: ``write`` fills a temporary file beside ``path``, which is then renamed.
+def write_file(path: Path, content: bytes | memoryview, previous: Path | None = None) -> None:
+    """Writes a file whole, and the folders above it: a temporary file beside ``path`` is renamed when it is complete.
 
     A reader of ``path`` finds either all of the old content or all of the new.
 
@@ -102,21 +103,27 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], previous: Path |
     """
     beside = path.with_name(path.name + ".tmp")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with beside.open("wb") as file:
-                write(file)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             if previous and path.exists():
                 path.replace(previous)
             beside.replace(path)
-        except (OSError, RuntimeError) as error:
+        except OSError:
             if beside.exists():
                 beside.unlink()
-            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-                raise error.__context__ from None  # torch.save raises an error of its own after that of a full disk
             raise
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    write_file(path, lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
+    write_file(path, json.dumps(record, indent=2).encode() + b"\n")
+
+
+def write_torch(path: Path, content: Any, previous: Path | None = None) -> None:
+    """Writes what ``torch.save`` makes of ``content``; the arguments are those of :func:`write_file`."""
+    buffer = io.BytesIO()  # whose errors, unlike those of a disk, torch.save does not replace by its own
+    torch.save(content, buffer)
+    write_file(path, buffer.getbuffer(), previous)

@@ -180,7 +180,7 @@ def test_without_consume_no_workers_are_said(jpegs, measure):
         (["--consume", "nan"], "--consume is nan: give the images per second"),
         (["--images", 2, "--workers", 3], "2 images are too few for 3 workers"),
         (["--config", "none.yaml"], "there is no config none.yaml"),
-        (["--rounds", 1, "--images", 1, "--record", "nowhere/loader.json"], "cannot write nowhere/loader.json"),
+        (["--rounds", 1, "--images", 1, "--record", "/dev/null/loader.json"], "cannot write /dev/null/loader.json"),
     ],
 )
 def test_wrong_input(arguments, says, jpegs, tmp_path, monkeypatch, measure):

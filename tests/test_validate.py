@@ -100,7 +100,8 @@ def test_wrong_input_to_validate(pictures, tmp_path, command):
 
 def test_a_record_that_cannot_be_written_costs_no_result(pictures, tmp_path, command):
     save_run(tmp_path / "run", data_dir=str(pictures), workers=0)
-    record = tmp_path / "missing" / "record.json"
+    (tmp_path / "file").touch()
+    record = tmp_path / "file" / "folder" / "record.json"
     status, printed, error = command("classification/validate.py", tmp_path / "run", "--record", record)
-    assert (status, error) == (2, f"error: cannot write {record}: No such file or directory\n")
+    assert (status, error) == (2, f"error: cannot write {record}: Not a directory\n")
     assert re.match(r"poolformer_s12: top-1 \d+\.\d{3} %", printed)

@@ -98,7 +98,6 @@ def cached_count(model: str) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text())
     counted = count(str(ROOT / model) if model.endswith(".py") else model)
-    CACHE.mkdir(exist_ok=True)
     write_json(path, counted)
     return counted
 

@@ -65,6 +65,5 @@ def import_records(
         name = re.sub(r"[^\w.-]", "-", f"{parsed.kind}-{parsed.model}-{time}-{digest}.json")
         checked[results / name] = record
     for target, record in checked.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, record)
     return list(checked)

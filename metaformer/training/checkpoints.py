@@ -13,10 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metaformer.errors import InputError
-from metaformer.provenance import write_file, writing
+from metaformer.provenance import writing
 from metaformer.training.config import Config, check, read_yaml, save_config
 from metaformer.training.data import HASHES
 from metaformer.weights import read_checkpoint
@@ -170,10 +168,6 @@ def load_last(folder: Path) -> dict[str, Any] | None:
         with writing(last):
             previous.replace(last)
     return None if isinstance(state, str) else state
-
-
-def save(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
-    write_file(path, lambda file: torch.save(content, file), previous)
 
 
 def read_state(path: Path) -> dict[str, Any] | str:

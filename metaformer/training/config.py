@@ -295,7 +295,7 @@ def short(value: Any) -> str:
 
 def save_config(config: Config, path: Path, comment: str) -> None:
     text = yaml12.dump(config.model_dump(mode="json"))
-    write_file(path, lambda file: file.write(f"{comment}\n{text}".encode()))
+    write_file(path, f"{comment}\n{text}".encode())
 
 
 # Help

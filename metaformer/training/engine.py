@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
 from metaformer.errors import InputError
-from metaformer.provenance import provenance
+from metaformer.provenance import provenance, write_torch
 from metaformer.training import checkpoints, recipe
 from metaformer.training.batches import TrainBatches, checked, seed_everything
 from metaformer.training.config import Config
@@ -154,7 +154,7 @@ class Trainer:
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             self.diverge(f"a weight was not finite at epoch {self.progress.epoch + 1}, step {self.progress.step}")
         if self.processes.is_main:
-            checkpoints.save(self.state(), self.output / "last.pt", previous=self.output / "previous.pt")
+            write_torch(self.output / "last.pt", self.state(), previous=self.output / "previous.pt")
 
     # Loop
 
@@ -314,7 +314,7 @@ class Trainer:
         self.loss_sum.zero_()
         self.log.validation(row)
         if is_best and self.processes.is_main:
-            checkpoints.save(self.weights(), self.output / "best.pt")
+            write_torch(self.output / "best.pt", self.weights())
         self.save()
         self.log.metrics(progress.history)
         self.log.record("running", progress)

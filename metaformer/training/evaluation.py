@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from metaformer.errors import InputError
-from metaformer.provenance import provenance, sha256, writing
+from metaformer.provenance import provenance, sha256
 from metaformer.training.batches import Unreadable, checked
 from metaformer.training.config import Config
 from metaformer.training.data import load_data
@@ -140,7 +140,4 @@ def default_record_path(opened: Opened) -> Path:
     """The run's folder for its own checkpoint, and runs/ for others."""
     if opened.path and (opened.path.parent / "run.json").is_file():
         return opened.path.parent / "validation.json"
-    folder = Path("runs")
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-    return folder / f"validation-{opened.name}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    return Path("runs") / f"validation-{opened.name}-{datetime.now():%Y%m%d-%H%M%S}.json"

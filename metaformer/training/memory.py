@@ -84,7 +84,7 @@ def load_pictures(dataset: Dataset, transform: Any, options: dict[str, Any]) -> 
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first of several processes decodes, and the others wait for its file
         if not path.is_file():
             pictures = decode(dataset, transform, options)
-            write_file(path, lambda file: file.write(save(pictures._asdict())))
+            write_file(path, save(pictures._asdict()))
     return Pictures(**read_checkpoint(path))
 
 

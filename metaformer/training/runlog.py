@@ -112,9 +112,11 @@ class RunLog:
         writer = csv.DictWriter(table, fieldnames=history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        write_file(self.folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
+        write_file(self.folder / "metrics.csv", table.getvalue().encode())
         figure = plot(history, self.folder.name)
-        write_file(self.folder / "curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        curve = io.BytesIO()
+        figure.savefig(curve, format="png", dpi=120)
+        write_file(self.folder / "curve.png", curve.getbuffer())
 
     def record(self, status: str, progress: Progress, error: str | None = None) -> None:
         """Write run.json. ``status`` is running, stopped, failed, diverged or finished."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from metaformer.errors import InputError, check_known
-from metaformer.provenance import cores, write_file, writing
+from metaformer.provenance import cores, write_file
 from metaformer.training import yaml12
 from metaformer.training.checkpoints import read_run
 from metaformer.training.config import Count, Positive, check, check_key, read_yaml_mapping
@@ -132,9 +132,7 @@ def prepare_output(output: Path, study: Study) -> Path:
                     "give another --output"
                 )
         return path
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda file: file.write(yaml12.dump(study.recipe).encode()))
+    write_file(path, yaml12.dump(study.recipe).encode())
     return path
 
 

@@ -82,7 +82,7 @@ def write_card(opened: Opened, folder: Path) -> None:
         facts=table([["", ""], *([key, value] for key, value in facts.items() if value)]),
         logits=table([["k", *(opened.class_names or range(opened.model.num_classes))], *logits(opened)]),
     )
-    write_file(folder / "README.md", lambda file: file.write(text.encode()))
+    write_file(folder / "README.md", text.encode())
 
 
 @torch.inference_mode()

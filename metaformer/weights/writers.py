@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metaformer.errors import InputError, check_known
 from metaformer.formats import TO, convert
 from metaformer.model import MetaFormer
-from metaformer.provenance import write_file, write_json, writing
+from metaformer.provenance import write_json, write_torch, writing
 from metaformer.variants import POOLFORMERS, VARIANTS
 from metaformer.weights.card import write_card
 from metaformer.weights.described import architecture
@@ -73,9 +73,7 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
         by_name = timm.create_model(opened.name, **shape)
         check_same(opened, by_name, "ours", f"the {to} format, which holds weights alone,")
         content = {"state_dict": content} if to == "mmpretrain" else content
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(target, lambda file: torch.save(content, file))
+    write_torch(target, content)
     return remarks
 
 
