@@ -240,8 +240,8 @@ def test_checkpoints_that_do_not_fit(settings, sentence, run, tmp_path):
 @pytest.mark.parametrize(
     ("at", "sentence"),
     [
-        (1, r"not finite at epoch 1, step 1; there was no checkpoint yet; try a lower lr="),
-        (5, r"not finite at epoch 2, step 2; the last good checkpoint is run/last.pt; try a lower lr="),
+        (1, r"not finite by epoch 1, step 1; there was no checkpoint yet; try a lower lr="),
+        (5, r"not finite by epoch 2, step 2; the last good checkpoint is run/last.pt; try a lower lr="),
     ],
 )
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(at, sentence, run, tmp_path, monkeypatch):

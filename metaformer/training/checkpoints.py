@@ -21,7 +21,9 @@ from metaformer.weights import read_checkpoint
 
 MAY_CHANGE = {"output", "resume", "workers", "bad_pictures", "log_interval", "data_dir", "expected_top1"}
 """Settings that may differ when a run continues, because they do not change what it computes."""
-STATE = {"state_dict", "optimizer", "amp_scaler", "loss_sum", "epoch", "step", "history", "starts", "seconds", "wall_s"}
+PROGRESS = ("epoch", "step", "history", "starts", "skipped", "seconds")
+"""Fields of :class:`Progress` in a checkpoint."""
+STATE = {*PROGRESS, "wall_s", "state_dict", "optimizer", "amp_scaler", "loss_sum"}
 """Keys of every checkpoint that can continue a run."""
 
 
@@ -40,23 +42,19 @@ class Progress:
     """Names of the unreadable pictures that were left out."""
     seconds: float = 0.0
     """Time spent on training in this epoch."""
-    earlier_s: float = 0.0
-    """Wall time of earlier starts."""
     began: float = field(default_factory=time.time)
+    """Time of the first start, later by the pauses before the other starts."""
 
     @property
     def wall_s(self) -> float:
-        return self.earlier_s + time.time() - self.began
+        return time.time() - self.began
 
     def state(self) -> dict[str, Any]:
-        names = ("epoch", "step", "history", "starts", "skipped", "seconds", "wall_s")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*PROGRESS, "wall_s")}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
-        self.starts = [*state["starts"], *self.starts]
-        self.skipped = state.get("skipped", self.skipped)  # checkpoints of earlier versions have none
-        self.seconds, self.earlier_s = state["seconds"], state["wall_s"]
+        earlier = {name: state[name] for name in PROGRESS}
+        vars(self).update(earlier, starts=[*earlier["starts"], *self.starts], began=self.began - state["wall_s"])
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any],
     Returns a warning if pictures have been replaced.
     """
     check_same_settings(check(state["config"], str(folder / "last.pt")), config, folder)
-    changed = {name: state[name] for name, value in facts.items() if state.get(name, value) != value}
+    changed = {name: state.get(name) for name, value in facts.items() if state.get(name) != value}
     for name in changed.keys() - HASHES:
         raise InputError(
             f"{folder} was trained with {name}={changed[name]}, and its data now have {facts[name]}: continue with the "

@@ -99,7 +99,6 @@ class Trainer:
         self.parallel = processes.parallel(model)
 
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the passes of this epoch
-        self.bad_step = torch.full((), -1, device=self.device)  # the first of the epoch with a non-finite loss
         # Since the processes last met. None: nothing is skipped.
         self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
@@ -273,10 +272,7 @@ class Trainer:
                 with self.cast:
                     loss = F.cross_entropy(self.parallel(images), labels, label_smoothing=smoothing)
                 self.scaler.scale(loss / self.passes).backward()
-            loss = loss.detach()
-            self.loss_sum += loss
-            # Kept on the device: looking at every loss would make the GPU wait.
-            self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
+            self.loss_sum += loss.detach()  # on the device: looking at every loss would make the GPU wait
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -340,12 +336,11 @@ class Trainer:
 
     def gather_loss(self) -> None:
         """Sum the losses of all processes in the main one; stop the run if one was not finite."""
-        total = self.processes.sum(self.loss_sum)
-        self.loss_sum.fill_(total.item() if self.processes.is_main else 0)
+        total = self.processes.sum(self.loss_sum).item()
+        self.loss_sum.fill_(total if self.processes.is_main else 0)
         self.gather_skipped()
-        (bad_step,) = self.processes.max(int(self.bad_step))
-        if bad_step >= 0:
-            self.diverge(f"the loss was not finite at epoch {self.progress.epoch + 1}, step {bad_step + 1}")
+        if not math.isfinite(total):
+            self.diverge(f"the loss was not finite by epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
     def gather_skipped(self) -> None:
         """Name the pictures that any process has skipped, each once in a run.
