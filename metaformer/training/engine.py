@@ -24,7 +24,7 @@ from metaformer.training.distributed import Processes, StopSignal, compute_deter
 from metaformer.training.evaluation import evaluate
 from metaformer.training.loader import naming_killed_loaders, shut_down, train_loader, val_loader
 from metaformer.training.model import autocast, build_model, normaliser, precision_on, released_weights, with_input_of
-from metaformer.training.runlog import RunLog
+from metaformer.training.runlog import NoLog, RunLog
 
 
 class Diverged(InputError):
@@ -103,7 +103,7 @@ class Trainer:
         self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
         self.output = processes.from_main(lambda: checkpoints.folder_of(config))
-        self.log = RunLog(self.output, self.facts(), self.epochs, self.steps, processes.is_main)
+        self.log = RunLog(self.output, self.facts(), self.epochs, self.steps) if processes.is_main else NoLog()
 
     def data_facts(self) -> dict[str, Any]:
         """What must be true of the data of all processes, and of a run that continues."""

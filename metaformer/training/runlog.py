@@ -6,6 +6,7 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from metaformer.training.checkpoints import Progress
 
 
 class RunLog:
-    """The reports of a run, made by the main process only.
+    """The reports of a run, made by the main process.
 
     Args:
         folder: folder of the files.
@@ -29,10 +30,8 @@ class RunLog:
         steps: optimizer steps in an epoch.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any], epochs: int, steps: int, is_main: bool):
-        self.folder, self.facts, self.epochs, self.steps, self.is_main = folder, facts, epochs, steps, is_main
-        self.bar: tqdm | None = None
-        self.events: Events | None = None
+    def __init__(self, folder: Path, facts: dict[str, Any], epochs: int, steps: int):
+        self.folder, self.facts, self.epochs, self.steps = folder, facts, epochs, steps
 
     def plan(self, progress: Progress, precision: str) -> None:
         """Print the plan of the run."""
@@ -59,8 +58,6 @@ class RunLog:
         self.say("\n".join(f"{name:10} {value}" for name, value in lines.items()))
 
     def open(self, progress: Progress) -> None:
-        if not self.is_main:
-            return
         step = progress.epoch * self.steps + progress.step
         with writing(self.folder):
             self.events = Events(self.folder, first_step=step + 1)
@@ -68,31 +65,26 @@ class RunLog:
         self.bar = tqdm(total=self.epochs * self.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
 
     def close(self) -> None:
-        if self.is_main:
-            self.bar.close()
-            with writing(self.folder):
-                self.events.close()
+        self.bar.close()
+        with writing(self.folder):
+            self.events.close()
 
     def say(self, text: str) -> None:
-        if self.is_main:
-            tqdm.write(text)
+        tqdm.write(text)
 
     def stepped(self, epoch: int) -> None:
-        if self.is_main:
-            self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.update()
+        self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+        self.bar.update()
 
     def training(self, progress: Progress, loss: float, lr: float, images_per_s: float) -> None:
         """The mean loss since the last entry, the learning rate and the speed."""
-        if self.is_main:
-            self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{images_per_s:.0f}")
-            scalars = {"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s}
-            self._add(scalars, progress.epoch * self.steps + progress.step)
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{images_per_s:.0f}")
+        scalars = {"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s}
+        self._add(scalars, progress.epoch * self.steps + progress.step)
 
     def validation(self, row: dict[str, float]) -> None:
-        if self.is_main:
-            scalars = {"val/loss": row["val_loss"], "val/top1": row["top1"], "val/top5": row["top5"]}
-            self._add(scalars, row["epoch"] * self.steps)
+        scalars = {"val/loss": row["val_loss"], "val/top1": row["top1"], "val/top5": row["top5"]}
+        self._add(scalars, row["epoch"] * self.steps)
 
     def _add(self, scalars: dict[str, float], step: int) -> None:
         with writing(self.folder):
@@ -106,7 +98,7 @@ class RunLog:
 
     def metrics(self, history: list[dict[str, float]]) -> None:
         """The epochs so far as metrics.csv and curve.png."""
-        if not self.is_main or not history:
+        if not history:
             return
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=history[0].keys(), lineterminator="\n")
@@ -120,8 +112,6 @@ class RunLog:
 
     def record(self, status: str, progress: Progress, error: str | None = None) -> None:
         """Write run.json. ``status`` is running, stopped, failed, diverged or finished."""
-        if not self.is_main:
-            return
         history = progress.history
         record = {
             "kind": "training",
@@ -164,6 +154,13 @@ class RunLog:
                 "data_dir=/path/to/imagenet"
             )
         self.say("\n".join(lines))
+
+
+class NoLog:
+    """The reports of the other processes: none."""
+
+    def __getattr__(self, report: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 def best(history: list[dict[str, float]]) -> dict[str, float]:
