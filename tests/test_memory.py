@@ -119,8 +119,8 @@ def test_what_is_drawn_follows_from_seed_epoch_and_picture():
 
     def drawn(seed, epoch, first):
         settings = config.model_copy(update={"seed": seed})
-        (batch,) = memory.MemoryLoader(pictures, [[(epoch, first), (epoch, 7)]], settings)
-        return batch.images[1]
+        batches = memory.InMemory(pictures, torch.device("cpu"), settings)
+        return batches.__getitems__([(epoch, first), (epoch, 7)]).images[1]
 
     assert torch.equal(drawn(0, 0, 1), drawn(0, 0, 1))
     for other in ((1, 0, 1), (0, 1, 1), (0, 0, 2)):

@@ -16,16 +16,19 @@ from metaformer.errors import InputError, MachineError
 from metaformer.training.batches import Images, Stream, TrainBatches, collate, transform
 from metaformer.training.config import Config
 from metaformer.training.distributed import STOP_SIGNALS, Processes
-from metaformer.training.memory import MemoryLoader, load_pictures
+from metaformer.training.memory import InMemory, load_pictures
+
+IN_MEMORY = {"collate_fn": lambda batch: batch}
+"""Options of a DataLoader of :class:`InMemory`."""
 
 
 def train_loader(
     config: Config, dataset: Dataset, batches: TrainBatches, processes: Processes, workers: int
-) -> DataLoader | MemoryLoader:
+) -> DataLoader:
     options = loader_options(processes, workers)
     if config.data_in_memory:
-        pictures = load_pictures(dataset, PILToTensor(), options).to(processes.device)
-        return MemoryLoader(pictures, batches, config)
+        images = InMemory(load_pictures(dataset, PILToTensor(), options), processes.device, config)
+        return DataLoader(images, batch_sampler=batches, **IN_MEMORY)
     if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
         dataset.reader.batch_size = batches.device_batch  # each loader process yields whole batches
         # Of the draws of the loader processes, which each device would repeat with the same seed.
@@ -36,19 +39,19 @@ def train_loader(
     return DataLoader(images, batch_sampler=batches, **options)
 
 
-def val_loader(config: Config, dataset: Dataset, processes: Processes, workers: int) -> DataLoader | MemoryLoader:
+def val_loader(config: Config, dataset: Dataset, processes: Processes, workers: int) -> DataLoader:
     """Every picture exactly once over all processes."""
     options, prepare = loader_options(processes, workers), transform(config, is_training=False)
     if config.data_in_memory:
-        pictures = load_pictures(dataset, prepare, options).to(processes.device)
+        images, options = InMemory(load_pictures(dataset, prepare, options), processes.device), IN_MEMORY
     elif isinstance(dataset, IterableDataset):
         share_shards(dataset.reader, processes)
         return DataLoader(Stream(dataset, prepare), config.device_batch, **options)
+    else:
+        images = Images(dataset, prepare)
     keys = [(0, index) for index in range(processes.rank, len(dataset), processes.world)]
     batches = BatchSampler(keys, config.device_batch, drop_last=False)
-    if config.data_in_memory:
-        return MemoryLoader(pictures, batches)
-    return DataLoader(Images(dataset, prepare), batch_sampler=batches, **options)
+    return DataLoader(images, batch_sampler=batches, **options)
 
 
 def share_shards(reader: Reader, processes: Processes) -> None:

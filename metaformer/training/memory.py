@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,36 +29,25 @@ class Pictures(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> "Pictures":
-        return Pictures(self.images.to(device), self.labels.to(device))
 
-
-class MemoryLoader:
-    """Batches of pictures in memory, with the interface of a DataLoader that has no processes.
+class InMemory(Dataset):
+    """Lists of (epoch, index) to batches of pictures in the memory of a device.
 
     The random numbers of the augmentation follow from the seed, the epoch and the first picture of the batch.
 
     Args:
-        batches: for each batch a list of (epoch, index).
         config: settings of the augmentation; ``None`` for pictures as they are.
     """
 
-    num_workers = 0
+    def __init__(self, pictures: Pictures, device: torch.device, config: Config | None = None):
+        self.images, self.labels, self.config = *(tensor.to(device) for tensor in pictures), config
 
-    def __init__(self, pictures: Pictures, batches: Iterable, config: Config | None = None):
-        self.pictures, self.batches, self.config = pictures, batches, config
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for keys in self.batches:
-            epochs, indices = map(list, zip(*keys, strict=True))
-            images = self.pictures.images[indices]
-            if self.config:
-                generator = np.random.default_rng([self.config.seed, epochs[0], indices[0]])
-                images = augment(self.config, images, generator)
-            yield Batch(images, self.pictures.labels[indices], [])
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:  # which DataLoader calls once for a batch
+        epochs, indices = map(list, zip(*keys, strict=True))
+        images = self.images[indices]
+        if self.config:
+            images = augment(self.config, images, np.random.default_rng([self.config.seed, epochs[0], indices[0]]))
+        return Batch(images, self.labels[indices], [])
 
 
 def load_pictures(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Pictures:
