@@ -43,11 +43,7 @@ class Processes:
 
     def max(self, *values: int) -> list[int]:
         """The largest of each value over all processes."""
-        if self.world == 1:
-            return list(values)
-        largest = torch.tensor(values)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
-        return largest.tolist()
+        return list(map(max, zip(*self.gather(values), strict=True)))
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes, on the CPU in float64."""
@@ -120,9 +116,7 @@ class StopSignal:
     """A context that records the first stop signal, so that the run can save and exit; a second Ctrl-C interrupts
     it."""
 
-    def __init__(self) -> None:
-        self.received = 0
-        self._earlier: dict[int, Any] = {}
+    received = 0
 
     def __enter__(self) -> "StopSignal":
         self._earlier = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}

@@ -38,21 +38,16 @@ class TrainingJob:
             "PYTHON": sys.executable,
         }
         self.process = subprocess.Popen(["bash", str(SCRIPT), *self.arguments], env=environment)
-        self._wait()
-        status = self.process.wait()
-        if status:
+        if status := self.process.wait():
             raise RuntimeError(f"dist_train.sh ended with status {status}")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Let the run save, and return the job that continues it. submitit calls this when Slurm takes the node
         away."""
         self.process.send_signal(signal.SIGTERM)
-        self._wait()
-        return submitit.helpers.DelayedSubmission(TrainingJob(self.arguments, self.gpus))
-
-    def _wait(self) -> None:
-        # checkpoint() interrupts __call__ while it waits. Popen.wait would then deadlock on its own lock.
+        # This interrupts Popen.wait() in __call__, which holds a lock: a second one would wait for it forever.
         os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(TrainingJob(self.arguments, self.gpus))
 
 
 def submit(
