@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -16,6 +16,7 @@ from metaformer.training import yaml12
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 DEMO = CONFIGS / "mnist.yaml"
+Checked = TypeVar("Checked", bound=BaseModel)
 
 NotNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
@@ -240,21 +241,19 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """The settings that a command line gives; see :func:`load_config` for the forms."""
     values: dict[str, Any] = {}
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        option = argument.startswith("--")
+    waiting = iter(arguments)
+    for argument in waiting:
         key, equals, value = argument.removeprefix("--").partition("=")
         key = key.replace("-", "_")
-        if not option and not equals:
+        if not equals and not argument.startswith("--"):
             raise InputError(f"cannot read the argument {argument!r}: settings are given as key=value or --key value")
         if not equals and key.removeprefix("no_") in FLAGS:
-            key, value = key.removeprefix("no_"), "false" if key.startswith("no_") else "true"
+            values[key.removeprefix("no_")] = not key.startswith("no_")
+            continue
         check_key(key, "the command line")
-        if not equals and not value:
-            if not waiting:
-                raise InputError(f"--{key} needs a value")
-            value = waiting.pop(0)
+        value = value if equals else next(waiting, None)
+        if value is None:
+            raise InputError(f"--{key} needs a value")
         values[key] = parse_value(key, value)
     return values
 
@@ -273,10 +272,10 @@ def check_key(key: str, source: str) -> None:
         raise InputError(f"{source} has an unknown setting {key!r}{nearest(key, Config.model_fields)}")
 
 
-def check(values: dict[str, Any], source: str) -> Config:
-    """The settings as a :class:`Config`, or an InputError that names the first one that is not allowed."""
+def check(values: dict[str, Any], source: str, kind: type[Checked] = Config) -> Checked:
+    """The values as a :class:`Config` or another model, or an InputError that names the first one not allowed."""
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from metaformer.errors import InputError, check_known
 from metaformer.provenance import cores, write_file
 from metaformer.training import yaml12
-from metaformer.training.checkpoints import read_run
-from metaformer.training.config import Count, Positive, check, check_key, read_yaml_mapping
+from metaformer.training.checkpoints import check_same_settings, read_run
+from metaformer.training.config import Count, Positive, check, check_key, read_yaml, read_yaml_mapping
 from metaformer.training.data import load_data
 from metaformer.training.distributed import StopSignal
 from metaformer.variants import ROWS
@@ -88,11 +88,7 @@ def read_study(given: str) -> tuple[str, Study]:
         check_known("study", given, sorted(file.stem for file in STUDIES.glob("*.yaml")))
     if path.resolve().parent != STUDIES.resolve():
         raise InputError(f"{path} is not in {STUDIES}, where its records would be judged by it: copy it there")
-    try:
-        study = Study(**read_yaml_mapping(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    study = check(read_yaml_mapping(path), str(path), Study)
     check_rows(study.rows)
     for key in study.recipe:
         check_key(key, str(path))
@@ -124,14 +120,7 @@ def prepare_output(output: Path, study: Study) -> Path:
     """
     path = output / "recipe.yaml"
     if path.is_file():
-        before = read_yaml_mapping(path)
-        for key in sorted(before.keys() | study.recipe.keys()):
-            if before.get(key) != study.recipe.get(key):
-                raise InputError(
-                    f"{output} holds runs with {key}={before.get(key)}, and the study has {study.recipe.get(key)}: "
-                    "give another --output"
-                )
-        return path
+        check_same_settings(check(read_yaml(path), str(path)), check(study.recipe, "the study"), output)
     write_file(path, yaml12.dump(study.recipe).encode())
     return path
 
