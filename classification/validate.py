@@ -36,10 +36,7 @@ def main() -> None:
     overrides = parse_overrides(settings)
     opened = open_checkpoint(options.source, **{key: overrides[key] for key in OF_THE_MODEL if key in overrides})
     config = settings_of(opened, overrides)
-    result = validate(opened, config, partial(tqdm, unit="batch", desc=opened.name, disable=None))
-    if result is None:  # not the main process
-        return
-    record, skipped = result
+    record, skipped = validate(opened, config, partial(tqdm, unit="batch", desc=opened.name, disable=None))
     for name, reason in skipped:
         print(f"skipped the picture {name} ({reason})")
     print(

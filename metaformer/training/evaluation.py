@@ -18,7 +18,7 @@ from metaformer.training.config import Config
 from metaformer.training.data import load_data
 from metaformer.training.distributed import Processes, join
 from metaformer.training.loader import naming_killed_loaders, shut_down, val_loader
-from metaformer.training.model import autocast, class_order, normaliser, precision_on
+from metaformer.training.model import autocast, match_classes, normaliser, precision_on
 from metaformer.weights import Opened
 
 
@@ -44,7 +44,6 @@ def evaluate(
     processes: Processes,
     progress: Callable[[Iterable], Iterable],
     skipped: list[Unreadable] | None,
-    order: list[int] | None = None,
 ) -> dict[str, float]:
     """top1 and top5 in percent, mean cross-entropy ``loss``, ``images`` and ``images_per_s``, over all processes.
 
@@ -52,7 +51,6 @@ def evaluate(
         number: pictures of the split.
         progress: called with the loader; returns its batches.
         skipped: as in :func:`batches.checked`; the pictures left out count nowhere.
-        order: for each class of the data its index among the logits, if their order is another.
 
     Raises:
         InputError: a picture or label that :func:`batches.checked` refuses, no picture that can be read, or a stream
@@ -62,8 +60,6 @@ def evaluate(
     totals = torch.zeros(5, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images, left out
     batches = checked(progress(loader), model.num_classes, skipped)
     for logits, labels in outputs(model, batches, config, processes.device):
-        if order is not None:
-            logits = logits[:, order]
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[:4] += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)])
@@ -89,14 +85,14 @@ def evaluate(
 
 def validate(
     opened: Opened, config: Config, progress: Callable[[Iterable], Iterable]
-) -> tuple[dict[str, Any], list[Unreadable]] | None:
+) -> tuple[dict[str, Any], list[Unreadable]]:
     """Evaluate a model on the validation split of ``config``, whose classes may be in another order.
 
     Args:
         progress: as in :func:`evaluate`.
 
     Returns:
-        The record and the skipped pictures in the main process, ``None`` in the others.
+        The record and the skipped pictures.
 
     Raises:
         InputError: the data cannot be opened or have other classes, or a picture cannot be read.
@@ -105,22 +101,20 @@ def validate(
     workers = processes.default_workers() if config.workers is None else config.workers
     source = str(opened.path or opened.name)
     data = load_data(config, workers, training=False)
-    order = class_order(opened.class_names, data.class_names, source)
+    match_classes(model, opened.class_names, data.class_names, source)
     if data.num_classes != model.num_classes:
         raise InputError(
             f"the data have {data.num_classes} classes and the classifier of {source} has {model.num_classes}"
         )
     model.to(processes.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     loader = val_loader(config, data.val, processes, workers)
-    skipped: list[Unreadable] | None = [] if config.bad_pictures == "skip" else None
+    skipped: list[Unreadable] = []
+    skips = skipped if config.bad_pictures == "skip" else None
     try:
         with naming_killed_loaders():
-            metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skipped, order)
+            metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skips)
     finally:
         shut_down(loader)
-    skipped = [picture for part in processes.gather(skipped or []) for picture in part]
-    if not processes.is_main:
-        return None
     names = {"model_args", "img_size", "crop_pct", "interpolation", "mean", "std", "seed"}
     precision = precision_on(config, processes.device)
     record = {

@@ -42,15 +42,19 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
     trained = described(locate(config.checkpoint), checkpoint, recognised(weights)).get("class_names")
     if config.replace_head and trained and class_names and set(trained) != set(class_names):
         model.reset_classifier(num_classes)
-    elif order := class_order(trained, class_names, config.checkpoint):
-        for layer in map(model.get_submodule, classifiers(model)):
-            if not isinstance(layer, nn.Linear | nn.Conv2d):
-                raise InputError(
-                    f"{config.checkpoint} has the classes in another order, and {config.model} cannot change"
-                )
-            for parameter in layer.parameters():
-                parameter.data = parameter.data[order]
+    else:
+        match_classes(model, trained, class_names, config.checkpoint)
     return model
+
+
+def match_classes(model: nn.Module, trained: list[str] | None, data: list[str] | None, source: str) -> None:
+    """Sort the classifier of a model by the classes of the data; see :func:`class_order`."""
+    order = class_order(trained, data, source)
+    for layer in map(model.get_submodule, classifiers(model) if order else ()):
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise InputError(f"{source} has the classes in another order, and its {type(layer).__name__} cannot change")
+        for parameter in layer.parameters():
+            parameter.data = parameter.data[order]
 
 
 def class_order(trained: list[str] | None, data: list[str] | None, source: str) -> list[int] | None:
@@ -74,7 +78,7 @@ def class_order(trained: list[str] | None, data: list[str] | None, source: str) 
     return [trained.index(name) for name in data]
 
 
-def settings_of(opened: Opened, overrides: dict[str, Any] | None = None) -> Config:
+def settings_of(opened: Opened, overrides: dict[str, Any]) -> Config:
     """The settings to use an opened checkpoint with: those of its run and its input, replaced by ``overrides``.
 
     Raises:
@@ -93,7 +97,7 @@ def settings_of(opened: Opened, overrides: dict[str, Any] | None = None) -> Conf
         **opened.inputs,
     }
     start = {"model": opened.name, "pretrained": False, "checkpoint": None, "replace_head": False}
-    return check({**own, **run, **(overrides or {}), **start}, source=source)
+    return check({**own, **run, **overrides, **start}, source=source)
 
 
 def released_weights(config: Config) -> dict[str, str] | None:
