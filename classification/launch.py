@@ -86,7 +86,7 @@ def report(error: ChildFailedError) -> int:
     if status < 0:
         print(f"error: process {rank} was killed by {signal.Signals(-status).name}", file=sys.stderr)
         return 128 - status
-    details = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
+    details = failure.message
     if not isinstance(details, dict):
         print(f"error: process {rank} ended with status {status}: {details}", file=sys.stderr)
         return status

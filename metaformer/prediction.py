@@ -13,7 +13,7 @@ from metaformer.errors import InputError
 from metaformer.training.batches import Unreadable, checked
 from metaformer.training.distributed import join
 from metaformer.training.evaluation import outputs
-from metaformer.training.loader import naming_killed_loaders, shut_down, val_loader
+from metaformer.training.loader import loader_processes, val_loader
 from metaformer.training.model import settings_of
 from metaformer.weights import Opened
 
@@ -81,14 +81,11 @@ def predict(
     loader = val_loader(config, Pictures(paths), processes, workers)
     model = opened.model.to(processes.device)
     predictions, unreadable = [], []
-    try:
-        batches = checked(progress(loader), len(paths), unreadable)
-        with naming_killed_loaders():
-            for logits, indices in outputs(model, batches, config, processes.device):
-                probabilities, classes = logits.softmax(1).topk(min(top, len(names)))
-                for index, *best in zip(indices.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
-                    best = [{"class": names[i], "index": i, "probability": p} for p, i in zip(*best, strict=True)]
-                    predictions.append({"file": str(paths[index]), "classes": best})
-    finally:
-        shut_down(loader)
+    batches = checked(progress(loader), len(paths), unreadable)
+    with loader_processes(loader):
+        for logits, indices in outputs(model, batches, config, processes.device):
+            probabilities, classes = logits.softmax(1).topk(min(top, len(names)))
+            for index, *best in zip(indices.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
+                best = [{"class": names[i], "index": i, "probability": p} for p, i in zip(*best, strict=True)]
+                predictions.append({"file": str(paths[index]), "classes": best})
     return predictions, unreadable

@@ -500,7 +500,7 @@ def test_a_loader_process_is_named_once_where_pytorch_notices_late():
     earlier = signal.signal(signal.SIGALRM, notice)
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
-        with pytest.raises(MachineError, match=r"has died .*reset by peer"), loader.naming_killed_loaders():
+        with pytest.raises(MachineError, match=r"has died .*reset by peer"), loader.loader_processes():
             raise ConnectionResetError(104, "Connection reset by peer")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -513,7 +513,7 @@ def test_a_broken_connection_to_a_loader_process_is_one_that_died(error):
         pytest.raises(
             MachineError, match=r"^a process of the loader has died \((.*reset by peer|EOFError)\), for lack"
         ),
-        loader.naming_killed_loaders(),
+        loader.loader_processes(),
     ):
         raise error
 

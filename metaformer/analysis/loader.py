@@ -14,7 +14,7 @@ from metaformer.training.batches import TrainBatches, checked, to_rgb
 from metaformer.training.config import Config
 from metaformer.training.data import class_names, count_classes, open_split
 from metaformer.training.distributed import Processes
-from metaformer.training.loader import shut_down, train_loader
+from metaformer.training.loader import loader_processes, train_loader
 from metaformer.training.model import build_model, with_input_of
 
 INPUT_SETTINGS = {
@@ -44,15 +44,13 @@ def measure(
     loader = train_loader(config, dataset, batches, processes, workers)
     indices = [index for batch in batches for _, index in batch]
     rates, decoding = [], []
-    try:
+    with loader_processes(loader):
         seconds_of_epoch(loader, num_classes)  # starts the processes
         for _ in tqdm(range(rounds), unit="round", disable=None):
             rates.append(len(indices) / seconds_of_epoch(loader, num_classes) / workers)
             start = time.perf_counter()
             sizes = [decoded(dataset, index) for index in indices]
             decoding.append(len(indices) / (time.perf_counter() - start))
-    finally:
-        shut_down(loader)
     width, height, size = map(statistics.mean, zip(*sizes, strict=True))
     means = {"mean_width": width, "mean_height": height, "mean_bytes": size}
     rate = spread(rates)

@@ -22,7 +22,7 @@ from metaformer.training.config import Config
 from metaformer.training.data import HASHES, load_data
 from metaformer.training.distributed import Processes, StopSignal, compute_deterministically, join
 from metaformer.training.evaluation import evaluate
-from metaformer.training.loader import naming_killed_loaders, shut_down, train_loader, val_loader
+from metaformer.training.loader import loader_processes, train_loader, val_loader
 from metaformer.training.model import autocast, build_model, normaliser, precision_on, released_weights, with_input_of
 from metaformer.training.runlog import NoLog, RunLog
 
@@ -177,14 +177,13 @@ class Trainer:
             self.log.record("running", self.progress)
             self.log.metrics(self.progress.history)
             try:
-                with naming_killed_loaders():
+                with loader_processes(self.train_loader, self.val_loader):
                     status = self.train()
             except Exception as error:
                 with suppress(InputError):  # where nothing can be written, the first error still says why
                     self.log.record("diverged" if isinstance(error, Diverged) else "failed", self.progress, str(error))
                 raise
             finally:
-                shut_down(self.train_loader, self.val_loader)
                 self.log.close()
         if status == 0:
             self.log.record("finished", self.progress)

@@ -17,7 +17,7 @@ from metaformer.training.batches import Unreadable, checked
 from metaformer.training.config import Config
 from metaformer.training.data import load_data
 from metaformer.training.distributed import Processes, join
-from metaformer.training.loader import naming_killed_loaders, shut_down, val_loader
+from metaformer.training.loader import loader_processes, val_loader
 from metaformer.training.model import autocast, match_classes, normaliser, precision_on
 from metaformer.weights import Opened
 
@@ -110,11 +110,8 @@ def validate(
     loader = val_loader(config, data.val, processes, workers)
     skipped: list[Unreadable] = []
     skips = skipped if config.bad_pictures == "skip" else None
-    try:
-        with naming_killed_loaders():
-            metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skips)
-    finally:
-        shut_down(loader)
+    with loader_processes(loader):
+        metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skips)
     names = {"model_args", "img_size", "crop_pct", "interpolation", "mean", "std", "seed"}
     precision = precision_on(config, processes.device)
     record = {

@@ -94,8 +94,8 @@ def ignore_signals(worker: int) -> None:
 
 
 @contextmanager
-def naming_killed_loaders() -> Iterator[None]:
-    """Turn the errors of PyTorch that follow the death of a loader process into one that names the cause."""
+def loader_processes(*loaders: DataLoader) -> Iterator[None]:
+    """End the processes of the loaders after the block, and name the cause of its error if one of them has died."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -110,10 +110,7 @@ def naming_killed_loaders() -> Iterator[None]:
             f"a process of the loader has died ({reason}), for lack of memory most often: "
             "continue or repeat the run, with fewer workers= if it happens again"
         ) from error
-
-
-def shut_down(*loaders: DataLoader) -> None:
-    """End the loaders' processes, which a traceback that refers to them would keep until the interpreter's exit."""
-    for loader in loaders:
-        if loader.num_workers and loader._iterator is not None:
-            loader._iterator._shutdown_workers()
+    finally:  # else a traceback that refers to the processes would keep them until the interpreter's exit
+        for loader in loaders:
+            if loader.num_workers and loader._iterator is not None:
+                loader._iterator._shutdown_workers()
