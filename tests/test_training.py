@@ -382,10 +382,10 @@ def test_a_run_continues_with_a_copy_of_its_data_and_says_if_a_picture_was_repla
         capsys.readouterr()
     shutil.copytree(stopped, tmp_path / "other")
     assert trained("run", f"data_dir={copy}") == 0
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().err
     assert same_weights(run(output="whole"), stopped)
     assert trained("other", f"data_dir={mended}") == 0
-    assert "warning: pictures have other names or sizes than when other was last trained" in capsys.readouterr().out
+    assert "warning: pictures have other names or sizes than when other was last trained" in capsys.readouterr().err
     starts = json.loads((tmp_path / "other" / "run.json").read_text())["starts"]
     assert [start["train_sha256"] for start in starts] == [listed(pictures / "train"), listed(mended / "train")]
 

@@ -102,11 +102,15 @@ def folder_of(config: Config) -> Path:
     return Path(config.output or f"runs/{config.model}-{data_name}-{start_time()}")
 
 
-def open_folder(config: Config, folder: Path) -> None:
-    """Begin a run in the folder, or check that the run in it can continue.
+def open_folder(config: Config, folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Begin a run in the folder, or return the state from which the run in it continues.
+
+    Args:
+        facts: what the state must say of the data.
 
     Raises:
-        InputError: the folder contains a run with other settings or a run without ``resume``, or cannot be written.
+        InputError: the folder contains a run without ``resume`` or with other settings or data, has no undamaged
+            checkpoint, or cannot be written.
     """
     path, comment = folder / "config.yaml", f"# begun {start_time()}"
     if path.is_file():
@@ -121,6 +125,9 @@ def open_folder(config: Config, folder: Path) -> None:
                 partial.unlink()
     else:
         save_config(config, path, comment)
+    if state := load_last(folder):
+        check_same_run(state, config, facts, folder)
+    return state
 
 
 def check_same_settings(before: Config, now: Config, folder: Path) -> None:
@@ -133,10 +140,10 @@ def check_same_settings(before: Config, now: Config, folder: Path) -> None:
             )
 
 
-def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any], folder: Path) -> str | None:
+def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any], folder: Path) -> None:
     """Refuse to continue ``state`` with other settings, other classes or another number of pictures.
 
-    Returns a warning if pictures have been replaced.
+    Prints a warning if pictures have been replaced.
     """
     check_same_settings(check(state["config"], str(folder / "last.pt")), config, folder)
     changed = {name: state.get(name) for name, value in facts.items() if state.get(name) != value}
@@ -145,7 +152,8 @@ def check_same_run(state: dict[str, Any], config: Config, facts: dict[str, Any],
             f"{folder} was trained with {name}={changed[name]}, and its data now have {facts[name]}: continue with the "
             "data as they were, or give another output="
         )
-    return f"warning: pictures have other names or sizes than when {folder} was last trained" if changed else None
+    if changed:
+        print(f"warning: pictures have other names or sizes than when {folder} was last trained", file=sys.stderr)
 
 
 def load_last(folder: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ class Diverged(InputError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop."""
+    """A signal asked the run to stop, and it is saved."""
 
 
 def train(config: Config) -> int:
@@ -138,8 +138,6 @@ class Trainer:
         return weights
 
     def load(self, state: dict[str, Any]) -> None:
-        if warning := checkpoints.check_same_run(state, self.config, self.data_facts(), self.output):
-            self.log.say(warning)
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"])
@@ -160,8 +158,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the end; returns the exit status, 128 + the signal's number if one stopped the run."""
         with checkpoints.locked(self.output) if self.processes.is_main else nullcontext():
-            self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output))
-            if state := self.processes.from_main(lambda: checkpoints.load_last(self.output)):
+            facts = self.data_facts()
+            if state := self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output, facts)):
                 self.load(state)
             return self.finish()
 
@@ -178,33 +176,20 @@ class Trainer:
             self.log.metrics(self.progress.history)
             try:
                 with loader_processes(self.train_loader, self.val_loader):
-                    status = self.train()
+                    while self.progress.epoch < self.epochs:
+                        self.train_epoch()
+                        self.end_epoch(self.evaluate())
+            except Interrupted:
+                self.log.stopped(self.progress, signal.Signals(self.stop.received).name)
+                return 128 + self.stop.received
             except Exception as error:
                 with suppress(InputError):  # where nothing can be written, the first error still says why
                     self.log.record("diverged" if isinstance(error, Diverged) else "failed", self.progress, str(error))
                 raise
             finally:
                 self.log.close()
-        if status == 0:
-            self.log.record("finished", self.progress)
-            self.log.result(self.progress)
-        return status
-
-    def train(self) -> int:
-        """The epochs that are left; returns as :meth:`run`."""
-        try:
-            while self.progress.epoch < self.epochs:
-                self.train_epoch()
-                self.end_epoch(self.evaluate())
-        except Interrupted:
-            self.save()
-            self.log.record("stopped", self.progress)
-            self.log.say(
-                f"\n{signal.Signals(self.stop.received).name}: saved epoch {self.progress.epoch + 1}, "
-                f"step {self.progress.step} of {self.steps}; continue with\n"
-                f"  bash classification/dist_train.sh {self.output}"
-            )
-            return 128 + self.stop.received
+        self.log.record("finished", self.progress)
+        self.log.result(self.progress)
         return 0
 
     def train_epoch(self) -> None:
@@ -318,10 +303,11 @@ class Trainer:
     # What the processes decide together
 
     def agree_on_stop(self, more: bool = False) -> bool:
-        """Stop all processes if any has received a signal; tells whether ``more`` is true in any of them."""
+        """Save and stop in all processes if any has received a signal; tells whether ``more`` is true in any."""
         self.stop.received, more = self.processes.max(self.stop.received, int(more))
         if self.stop.received:
             self.gather_loss()
+            self.save()
             raise Interrupted
         return bool(more)
 

@@ -128,6 +128,14 @@ class RunLog:
         }
         write_json(self.folder / "run.json", record)
 
+    def stopped(self, progress: Progress, name: str) -> None:
+        """Record that the signal ``name`` stopped the run, and say how it continues."""
+        self.record("stopped", progress)
+        self.say(
+            f"\n{name}: saved epoch {progress.epoch + 1}, step {progress.step} of {self.steps}; continue with\n"
+            f"  bash classification/dist_train.sh {self.folder}"
+        )
+
     def result(self, progress: Progress) -> None:
         """Say what the run has reached and what to do next."""
         row, settings, data = best(progress.history), self.facts["settings"], self.facts["data"]
