@@ -23,7 +23,7 @@ from metaformer import InputError
 from metaformer.training import batches, recipe
 from metaformer.training import engine as train
 from metaformer.training.config import CONFIGS, load_config
-from metaformer.training.data import class_names
+from metaformer.training.data import Digits, class_names, load_data
 from metaformer.training.model import with_input_of
 from metaformer.weights import read_checkpoint
 from test_model import PARAMETERS
@@ -490,11 +490,16 @@ def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(r
         run("epochs=2")
 
 
-def test_mnist5k_is_stratified(tmp_path):
-    from metaformer.training.data import prepare_mnist5k
-
-    root = prepare_mnist5k(tmp_path / "mnist5k")
-    for split, images in (("train", 400), ("val", 100)):
-        assert {len(list((root / split / str(digit)).iterdir())) for digit in range(10)} == {images}
-    pixels = {file.read_bytes() for file in root.glob("*/*/*.png")}
+def test_mnist5k_is_stratified():
+    splits = [Digits(is_training=training) for training in (True, False)]
+    for digits, number in zip(splits, (400, 100), strict=True):
+        assert [int(number_of) for number_of in torch.bincount(torch.tensor(digits.labels))] == [number] * 10
+        picture, label = digits[len(digits) - 1]
+        assert (picture.size, picture.mode, label) == ((28, 28), "L", 9)
+    pixels = {digits[i][0].tobytes() for digits in splits for i in range(len(digits))}
     assert len(pixels) > 4990  # hardly any digit is there twice, let alone in both splits
+
+
+def test_a_folder_replaces_the_digits_of_the_demo(pictures):
+    assert load_data(load_config([f"data_dir={pictures}"]), workers=0).class_names == ["a", "b", "c"]
+    assert load_data(load_config([]), workers=0).summary["train_images"] == 4000

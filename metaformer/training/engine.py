@@ -74,8 +74,9 @@ class Trainer:
         self.cast = autocast(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
 
+        self.mix = recipe.build_mixing(config, self.data.num_classes)
         self.device_batch, self.passes = recipe.split_batch(
-            config.global_batch, config.device_batch, processes.world, even=recipe.mixes(config)
+            config.global_batch, config.device_batch, processes.world, even=self.mix is not None
         )
         images = self.data.summary["train_images"]
         if images < config.global_batch:
@@ -91,7 +92,6 @@ class Trainer:
         self.val_loader = val_loader(config, self.data.val, processes, workers)
         self.normalise = normaliser(config, self.device)
         self.erase = recipe.build_erasing(config, self.device)
-        self.mix = recipe.build_mixing(config, self.data.num_classes)
         self.lr = config.lr if config.lr is not None else config.base_lr * config.global_batch / 1024
         self.optimizer = recipe.build_optimizer(config, model, self.lr)
         self.scheduler, self.epochs = recipe.build_scheduler(config, self.optimizer, self.steps)

@@ -70,11 +70,6 @@ def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int
     )
 
 
-def mixes(config: Config) -> bool:
-    """Whether Mixup or CutMix is on, which pair the images of a batch."""
-    return config.mixup > 0 or config.cutmix > 0
-
-
 class Mixing(Mixup):
     """Mixup and CutMix of uint8 images (B, 3, H, W), as the official script's loader mixes them.
 
@@ -110,8 +105,11 @@ class Mixing(Mixup):
 
 
 def build_mixing(config: Config, num_classes: int) -> Mixing | None:
-    """Maps uint8 images (B, 3, H, W) and labels (B,) to mixed images and smoothed targets (B, num_classes)."""
-    if not mixes(config):
+    """Maps uint8 images (B, 3, H, W) and labels (B,) to mixed images and smoothed targets (B, num_classes).
+
+    ``None`` if neither Mixup nor CutMix is on.
+    """
+    if not (config.mixup or config.cutmix):
         return None
     return Mixing(
         config.img_size,
