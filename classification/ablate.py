@@ -51,7 +51,7 @@ def main() -> int:
     if options.partition and left:
         jobs = [TrainingJob(run.arguments, gpus=1) for run in left]
         logs = str(output / "slurm")
-        jobs = submit(jobs, "slurm", logs, options.partition, 1, studies.CORES_PER_RUN, options.time)
+        jobs = submit(jobs, logs, options.partition, 1, studies.CORES_PER_RUN, options.time)
         print(f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
         return 0
     with locked(output) as lock:

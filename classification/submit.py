@@ -15,7 +15,6 @@ def main() -> None:
         epilog="CONFIG and key=value are those of dist_train.sh, see its --help.",
         allow_abbrev=False,
     )
-    parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local: on this machine")
     parser.add_argument("--partition", help="partition of the cluster (default: the cluster's own)")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of each machine (default: %(default)s)")
@@ -25,14 +24,10 @@ def main() -> None:
     options, settings = parser.parse_known_args()
     if min(options.nodes, options.gpus, options.cpus_per_gpu, options.time) < 1:
         raise InputError("--nodes, --gpus, --cpus-per-gpu and --time are whole numbers from 1")
-    if options.cluster == "local" and options.nodes > 1:
-        raise InputError("--cluster local has one node: leave out --nodes")
     if load_config(settings).output is None:
         settings.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # to be found by a job that is queued again
     job = TrainingJob([*settings, "--resume"], options.gpus)
-    [submitted] = submit(
-        [job], options.cluster, options.logs, options.partition, options.nodes, options.cpus_per_gpu, options.time
-    )
+    [submitted] = submit([job], options.logs, options.partition, options.nodes, options.cpus_per_gpu, options.time)
     print(f"job {submitted.job_id}; log: {submitted.paths.stdout}")
 
 

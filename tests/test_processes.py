@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import submitit
 import timm
 import torch
 import torch.distributed.run
@@ -170,7 +171,7 @@ def test_machines_agree_on_what_decides_when_they_meet(pictures, tmp_path, monke
 
 def test_a_job_is_queued_again_however_often_its_time_ends(tmp_path):
     with mocked_slurm(), patch.object(slurm.shutil, "which", return_value="sbatch"):
-        [job] = slurm.submit([slurm.TrainingJob([], 1)], "slurm", str(tmp_path), None, 1, 1, 9)
+        [job] = slurm.submit([slurm.TrainingJob([], 1)], str(tmp_path), None, 1, 1, 9)
         assert job.submission()._timeout_countdown >= 1000
 
 
@@ -196,9 +197,9 @@ def test_a_preempted_slurm_job_continues(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.yaml").write_text("")
     settings = ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=20", "output=run"]
-    [job] = slurm.submit(
-        [slurm.TrainingJob([*settings, "--resume"], 1)], "local", str(tmp_path / "logs"), None, 1, 1, 9
-    )
+    executor = submitit.LocalExecutor(tmp_path / "logs")
+    executor.update_parameters(timeout_min=9, gpus_per_node=1, tasks_per_node=1, nodes=1)
+    job = executor.submit(slurm.TrainingJob([*settings, "--resume"], 1))
     wait_for(tmp_path / "run" / "metrics.csv")
     # Slurm signals the task; the local executor's controller, whose process is the job's, is no part of a cluster.
     [task] = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
@@ -243,7 +244,6 @@ def test_a_submitted_run_has_the_folder_that_was_asked_for(given, output, tmp_pa
 def test_what_cannot_run_is_not_submitted(tmp_path, monkeypatch, command):
     monkeypatch.setattr(slurm, "submit", pytest.fail)
     for arguments, sentence in [
-        (["--cluster", "local", "--nodes", 2], "--cluster local has one node"),
         (["--gpus", 0], "--nodes, --gpus, --cpus-per-gpu and --time are whole numbers from 1"),
         (["epoch=3"], "the command line has an unknown setting 'epoch'"),
         (["--partitoin", "gpu"], "the command line has an unknown setting 'partitoin'"),

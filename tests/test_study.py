@@ -175,9 +175,9 @@ def test_a_folder_has_one_study_at_a_time_and_waits_for_its_runs(study, data, tm
 def test_runs_are_jobs_of_their_own_on_a_cluster(study, data, tmp_path, monkeypatch, capsys):
     jobs = []
 
-    def submit(submitted, cluster, logs, partition, *_):
+    def submit(submitted, logs, partition, *_):
         jobs.extend(submitted)
-        assert (cluster, partition) == ("slurm", "gpu")
+        assert partition == "gpu"
         return [SimpleNamespace(job_id=number) for number in range(len(submitted))]
 
     monkeypatch.setattr(slurm, "submit", submit)

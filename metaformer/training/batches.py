@@ -63,9 +63,6 @@ class TrainBatches(Sampler):
         self.global_batch = device_batch * accumulation * world
         self.epoch = self.first_step = 0
 
-    def __len__(self) -> int:
-        return (self.steps - self.first_step) * len(self.passes)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
         for step in range(self.first_step, self.steps):
@@ -84,9 +81,6 @@ class Images(Dataset):
 
     def __init__(self, dataset: Dataset, transform: Any, seed: int | None = None):
         self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Unreadable:
         epoch, index = key

@@ -93,9 +93,9 @@ def kept_at(dataset: Dataset, transform: Any) -> Path | None:
 
 def decode(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Pictures:
     images = Images(dataset, transform)
-    keys = [(0, index) for index in range(len(images))]
+    keys = [(0, index) for index in range(len(dataset))]
     options = {**options, "persistent_workers": False, "collate_fn": as_arrays}
-    pictures, labels = None, np.empty(len(images), dtype=np.int64)
+    pictures, labels = None, np.empty(len(dataset), dtype=np.int64)
     samples = (sample for batch in DataLoader(images, 256, sampler=keys, **options) for sample in batch)
     for index, sample in enumerate(samples):
         if isinstance(sample, Unreadable):
@@ -103,7 +103,7 @@ def decode(dataset: Dataset, transform: Any, options: dict[str, Any]) -> Picture
             raise InputError(f"data_in_memory=true needs readable pictures, and {name} is not ({reason}): take it out")
         pixels, labels[index] = sample
         if pictures is None:
-            pictures = np.empty((len(images), *pixels.shape), dtype=np.uint8)
+            pictures = np.empty((len(dataset), *pixels.shape), dtype=np.uint8)
         if pixels.shape != pictures.shape[1:]:
             (height, width), (usual_height, usual_width) = pixels.shape[1:], pictures.shape[2:]
             raise InputError(

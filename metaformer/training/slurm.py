@@ -51,21 +51,20 @@ class TrainingJob:
 
 
 def submit(
-    jobs: list[TrainingJob], cluster: str, logs: str, partition: str | None, nodes: int, cpus_per_gpu: int, minutes: int
+    jobs: list[TrainingJob], logs: str, partition: str | None, nodes: int, cpus_per_gpu: int, minutes: int
 ) -> list[submitit.Job]:
     """Submit all as one array of jobs, which fail independently.
 
     Args:
-        cluster: ``slurm``, or ``local`` for processes on this machine.
         logs: folder for the output of the jobs.
 
     Raises:
         InputError: Slurm is not installed on this machine.
     """
-    if cluster == "slurm" and not shutil.which("sbatch"):
-        raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node, or --cluster local")
+    if not shutil.which("sbatch"):
+        raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node")
     # submitit itself would queue a job again after three timeouts only.
-    executor = submitit.AutoExecutor(folder=logs, cluster=cluster, slurm_max_num_timeout=1_000_000)
+    executor = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=1_000_000)
     executor.update_parameters(
         name="metaformer",
         timeout_min=minutes,
