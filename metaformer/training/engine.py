@@ -137,7 +137,9 @@ class Trainer:
             weights["state_dict_ema"] = self.ema.module.state_dict()
         return weights
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
         self.model.load_state_dict(state["state_dict"])
         if self.ema:
             self.ema.module.load_state_dict(state["state_dict_ema"])
@@ -159,8 +161,8 @@ class Trainer:
         """Train to the end; returns the exit status, 128 + the signal's number if one stopped the run."""
         with checkpoints.locked(self.output) if self.processes.is_main else nullcontext():
             facts = self.data_facts()
-            if state := self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output, facts)):
-                self.load(state)
+            # Not kept under a name, because it takes the memory of a checkpoint.
+            self.load(self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output, facts)))
             return self.finish()
 
     def finish(self) -> int:
