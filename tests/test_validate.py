@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 from conftest import draw
 from metaformer import InputError, open_checkpoint
 from metaformer.training.config import Config
-from metaformer.training.model import build_model, class_order
+from metaformer.training.model import build_model, class_order, match_classes
 from metaformer.weights import read_checkpoint
 from metaformer.weights.writers import write
 from oracles import SMALL, save_run
@@ -64,6 +64,13 @@ def test_classes_are_matched_by_name(validated, tmp_path):
     started = build_model(Config(**start, replace_head=True), 3, ["ant", "Bee", "Dog"])
     assert torch.equal(started.stem.weight, model.stem.weight)
     assert not set(started.head.weight.flatten().tolist()) & set(model.head.weight.flatten().tolist())
+
+
+def test_a_model_that_does_not_tell_its_classifier_is_not_sorted():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    match_classes(model, ["a", "b"], ["a", "b"], "it")
+    with pytest.raises(InputError, match="it has the classes in another order, and the classifier of its model cannot"):
+        match_classes(model, ["a", "b"], ["b", "a"], "it")
 
 
 def test_imagenet_s_folders_and_descriptions_are_the_same_classes():

@@ -49,12 +49,13 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
 
 def match_classes(model: nn.Module, trained: list[str] | None, data: list[str] | None, source: str) -> None:
     """Sort the classifier of a model by the classes of the data; see :func:`class_order`."""
-    order = class_order(trained, data, source)
-    for layer in map(model.get_submodule, classifiers(model) if order else ()):
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise InputError(f"{source} has the classes in another order, and its {type(layer).__name__} cannot change")
-        for parameter in layer.parameters():
-            parameter.data = parameter.data[order]
+    if not (order := class_order(trained, data, source)):
+        return
+    layers = [model.get_submodule(name) for name in classifiers(model)]
+    if not layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers):
+        raise InputError(f"{source} has the classes in another order, and the classifier of its model cannot be sorted")
+    for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+        parameter.data = parameter.data[order]
 
 
 def class_order(trained: list[str] | None, data: list[str] | None, source: str) -> list[int] | None:
