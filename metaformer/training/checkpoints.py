@@ -66,11 +66,14 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
+def locked(folder: Path, wait: bool = False) -> Iterator[int]:
     """Create the folder and lock it; yields the lock's file descriptor.
 
     A program that inherits the descriptor keeps the lock after the end of this process. File systems without locks are
     used without.
+
+    Args:
+        wait: wait for the process that has the lock instead of raising an error.
 
     Raises:
         InputError: a run has the lock, or the folder cannot be written.
@@ -82,7 +85,7 @@ def locked(folder: Path) -> Iterator[int]:
         # The loader's processes outlive this one for seconds if it is killed.
         os.register_at_fork(after_in_child=file.close)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise InputError(f"a run is under way in {folder}: wait for it or stop it") from error
         except OSError as error:

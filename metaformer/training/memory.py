@@ -1,6 +1,5 @@
 """Whole data sets in memory: pictures decoded once for all runs, and augmented as batches on the device."""
 
-import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -16,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from metaformer.errors import InputError
-from metaformer.provenance import write_file, writing
+from metaformer.provenance import write_file
 from metaformer.training.augmentation import augment
 from metaformer.training.batches import Batch, Images, Unreadable, printable
+from metaformer.training.checkpoints import locked
 from metaformer.training.config import Config
 from metaformer.weights import read_checkpoint
 
@@ -65,11 +65,7 @@ def load_pictures(dataset: Dataset, transform: Any, options: dict[str, Any]) -> 
     path = kept_at(dataset, transform)
     if path is None:
         return decode(dataset, transform, options)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first of several processes decodes, and the others wait for its file
+    with locked(path.parent, wait=True):  # the first of several processes decodes, and the others wait for its file
         if not path.is_file():
             pictures = decode(dataset, transform, options)
             write_file(path, save(pictures._asdict()))
