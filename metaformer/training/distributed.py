@@ -41,10 +41,6 @@ class Processes:
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
-    def max(self, *values: int) -> list[int]:
-        """The largest of each value over all processes."""
-        return list(map(max, zip(*self.gather(values), strict=True)))
-
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes, on the CPU in float64."""
         return torch.stack(self.gather(values.detach().to("cpu", torch.float64))).sum(0)

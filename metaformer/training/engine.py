@@ -306,12 +306,13 @@ class Trainer:
 
     def agree_on_stop(self, more: bool = False) -> bool:
         """Save and stop in all processes if any has received a signal; tells whether ``more`` is true in any."""
-        self.stop.received, more = self.processes.max(self.stop.received, int(more))
+        signals, more = zip(*self.processes.gather((self.stop.received, more)), strict=True)
+        self.stop.received = max(signals)
         if self.stop.received:
             self.gather_loss()
             self.save()
             raise Interrupted
-        return bool(more)
+        return any(more)
 
     def interruptible(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, in step with the other processes, of which some may have one more."""
