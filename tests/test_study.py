@@ -118,7 +118,7 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, forked, ca
 def test_a_run_that_diverges_is_a_result(study, data, tmp_path, forked, capsys):
     path = study(rows=["baseline"], seeds=[0], lr=1e30)
     assert ablated(path, data) == 0
-    assert "baseline, seed 0: diverged (the loss was not finite" in capsys.readouterr().out
+    assert "baseline-0: diverged (the loss was not finite" in capsys.readouterr().out
     import_records([tmp_path / "out"], tmp_path / "results")
     measured = Measured(tmp_path / "results")
     assert measured.problems == []

@@ -59,8 +59,6 @@ class Study(BaseModel):
 class Run(NamedTuple):
     """A run of a study; ``arguments`` are those of train.py."""
 
-    row: str
-    seed: int
     folder: Path
     arguments: list[str]
 
@@ -132,7 +130,7 @@ def make_runs(name: str, recipe: Path, rows: list[str], seeds: list[int], data_d
         folder = recipe.parent / f"{row}-{seed}"
         settings = {"study": name, "row": row, "seed": seed, "data_dir": Path(data_dir).resolve(), "output": folder}
         settings |= {**ROWS[row], "workers": workers, "resume": True}
-        runs.append(Run(row, seed, folder, [str(recipe), *(f"{key}={value}" for key, value in settings.items())]))
+        runs.append(Run(folder, [str(recipe), *(f"{key}={value}" for key, value in settings.items())]))
     return runs
 
 
@@ -186,7 +184,7 @@ def run_all(runs: list[Run], places: Places, lock: int) -> int:
                     tqdm.write(outcome(run))
                 elif not stop.received:
                     failed.append(run)
-                    tqdm.write(f"{run.row}, seed {run.seed}: failed, see {run.log}", file=sys.stderr)
+                    tqdm.write(f"{run.name}: failed, see {run.log}", file=sys.stderr)
     if stop.received:
         return 128 + stop.received
     if failed:
@@ -207,7 +205,6 @@ def start(run: Run, environment: dict[str, str], lock: int) -> subprocess.Popen:
 
 def outcome(run: Run) -> str:
     record = read_run(run.folder)
-    name, minutes = f"{run.row}, seed {run.seed}", record["wall_s"] / 60
     if record["status"] == "diverged":
-        return f"{name}: diverged ({record['error'].split(';')[0]})"
-    return f"{name}: top-1 {record['curve'][-1]['top1']:.2f} % ({minutes:.1f} minutes)"
+        return f"{run.name}: diverged ({record['error'].split(';')[0]})"
+    return f"{run.name}: top-1 {record['curve'][-1]['top1']:.2f} % ({record['wall_s'] / 60:.1f} minutes)"
