@@ -174,7 +174,7 @@ def test_events_that_cannot_be_begun_end_in_a_sentence(run, monkeypatch):
     def begin(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(runlog, "Events", begin)
+    monkeypatch.setattr(runlog.RecordWriter, "write", begin)
     with pytest.raises(InputError, match=r"^cannot write run: Permission denied$"):
         run()
 

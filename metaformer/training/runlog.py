@@ -59,15 +59,13 @@ class RunLog:
 
     def open(self, progress: Progress) -> None:
         step = progress.epoch * self.steps + progress.step
-        with writing(self.folder):
-            self.events = Events(self.folder, first_step=step + 1)
+        self.events = Events(self.folder, first_step=step + 1)
         # disable=None: the bar is shown only in a terminal.
         self.bar = tqdm(total=self.epochs * self.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
 
     def close(self) -> None:
         self.bar.close()
-        with writing(self.folder):
-            self.events.close()
+        self.events.close()
 
     def say(self, text: str) -> None:
         tqdm.write(text)
@@ -80,15 +78,11 @@ class RunLog:
         """The mean loss since the last entry, the learning rate and the speed."""
         self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{images_per_s:.0f}")
         scalars = {"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s}
-        self._add(scalars, progress.epoch * self.steps + progress.step)
+        self.events.add(scalars, progress.epoch * self.steps + progress.step)
 
     def validation(self, row: dict[str, float]) -> None:
         scalars = {"val/loss": row["val_loss"], "val/top1": row["top1"], "val/top5": row["top5"]}
-        self._add(scalars, row["epoch"] * self.steps)
-
-    def _add(self, scalars: dict[str, float], step: int) -> None:
-        with writing(self.folder):
-            self.events.add(scalars, step)
+        self.events.add(scalars, row["epoch"] * self.steps)
 
     def epoch(self, row: dict[str, float]) -> None:
         self.say(
@@ -185,23 +179,26 @@ class Events:
     def __init__(self, folder: Path, first_step: int):
         # TensorBoard reads the files of a folder in alphabetical order.
         name = f"events.out.tfevents.{time.time():.9f}.{socket.gethostname()}.{os.getpid()}"
-        self.file = (folder / name).open("wb")
+        self.folder = folder
+        with writing(folder):
+            self.file = (folder / name).open("wb")
         self.writer = RecordWriter(self.file)
         self._write(file_version="brain.Event:2")
         # Readers discard events of earlier files from this step on, which a killed process may have written.
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
-        self.file.flush()
 
     def add(self, scalars: dict[str, float], step: int) -> None:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(step=step, summary=Summary(value=values))
-        self.file.flush()
 
     def _write(self, **content: Any) -> None:
-        self.writer.write(Event(wall_time=time.time(), **content).SerializeToString())
+        with writing(self.folder):
+            self.writer.write(Event(wall_time=time.time(), **content).SerializeToString())
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with writing(self.folder):
+            self.file.close()
 
 
 def plot(history: list[dict[str, float]], title: str) -> Figure:
