@@ -75,19 +75,20 @@ def test_the_crops_ratio_is_timms():
 
 
 @pytest.mark.parametrize(
-    ("files", "sentence"),
+    ("files", "reason"),
     [
-        (None, "there is no folder {clone}: give the path of a clone of https://github.com/sail-sg/poolformer"),
-        ({"train.py": ""}, "{clone} has no models/__init__.py: give the path of a whole clone of "),
-        (dict.fromkeys(official.FILES, ""), "{clone} is no clone of "),
-        (dict.fromkeys(official.FILES, "import nothing_of_this_name"), "{clone} is no clone of "),
+        ({}, "No such file or directory: '{clone}/models/__init__.py'"),
+        ({"models/__init__.py": ""}, "No such file or directory: '{clone}/train.py'"),
+        ({"models/__init__.py": "", "train.py": ""}, "module 'train' has no attribute 'main'"),
+        ({"models/__init__.py": "import nothing_of_this_name"}, "No module named 'nothing_of_this_name'"),
     ],
 )
-def test_another_folder_than_a_clone_ends_in_one_sentence(files, sentence, tmp_path, command):
+def test_another_folder_than_a_clone_ends_in_one_sentence(files, reason, tmp_path, command):
     clone = tmp_path / "clone"
-    for name, text in (files or {}).items():
+    for name, text in files.items():
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_text(text)
     status, printed, error = command("analysis/parity.py", clone)
     assert (status, printed, error.count("\n")) == (2, "", 1)
-    assert sentence.format(clone=clone) in error
+    assert f"{clone} is no clone of https://github.com/sail-sg/poolformer that can be imported: " in error
+    assert reason.format(clone=clone) in error

@@ -27,7 +27,6 @@ from metaformer.errors import InputError
 from metaformer.variants import VARIANTS
 
 REPOSITORY = "https://github.com/sail-sg/poolformer"
-FILES = ("train.py", "models/__init__.py", "models/poolformer.py", "models/metaformer.py")
 MODELS = {name: variant.release for name, variant in VARIANTS.items() if variant.release}
 """The released architectures under our names and the official ones."""
 DROP_PATH = {"poolformer_s36": "0.2", "poolformer_m36": "0.3", "poolformer_m48": "0.4"}
@@ -38,12 +37,8 @@ def load_official(clone: Path) -> ModuleType:
     """The module ``train.py`` of a clone; ``.models`` has its models.
 
     Raises:
-        InputError: the folder is missing, or is not a whole clone of the official repository.
+        InputError: the folder is no clone of the official repository.
     """
-    if not clone.is_dir():
-        raise InputError(f"there is no folder {clone}: give the path of a clone of {REPOSITORY}")
-    if missing := [name for name in FILES if not (clone / name).is_file()]:
-        raise InputError(f"{clone} has no {missing[0]}: give the path of a whole clone of {REPOSITORY}")
     registry = ModuleType("registry")
     registry.register_model = lambda function: function  # timm's would put the official models in the place of ours
     stand_ins = {
