@@ -1,6 +1,6 @@
 """Compares models and training with the official code, imported from a clone of github.com/sail-sg/poolformer.
 
-    python analysis/parity.py CLONE [--pictures FOLDER] [--record FILE]
+    python analysis/parity.py CLONE [--record FILE]
 
 Outputs and gradients of the ten released architectures; optimizer, schedule, augmentation, Mixup, CutMix, erasing, loss
 and evaluation input; and the official training loop beside ours, step by step. Nothing in the clone is changed, and no
@@ -15,20 +15,19 @@ from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import parity_rows
 from metaformer.errors import run_command
 from metaformer.provenance import provenance, write_json
-from metaformer.records import parse
+from metaformer.records import Parity
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("clone", type=Path, metavar="CLONE", help="folder of the official repository")
-    add("--pictures", type=Path, metavar="FOLDER", help="pictures to prepare (default: three that packages ship)")
     add("--record", type=Path, metavar="FILE", help="write a JSON record to this file")
     options = parser.parse_args()
-    record = {**measure(options.clone, options.pictures), **provenance()}
+    record = {**measure(options.clone), **provenance()}
     if options.record:
         write_json(options.record, record)
-    rows = parity_rows(parse(record, options.clone))
+    rows = parity_rows(Parity.model_validate(record))
     print(markdown(rows))
     return int(any(row["verdict"] and row["verdict"].kind == "unexplained" for row in rows))
 

@@ -15,8 +15,6 @@ import timm.scheduler
 import torch
 import yaml
 from matplotlib.cbook import get_sample_data
-from PIL import Image
-from timm.data import is_img_extension
 from timm.data.mixup import rand_bbox
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,10 +32,9 @@ from metaformer.analysis.official import (
     run_main,
 )
 from metaformer.analysis.paper import ROOT
-from metaformer.errors import InputError
 from metaformer.formats import convert
 from metaformer.provenance import git
-from metaformer.training.batches import seed_everything, to_rgb, transform
+from metaformer.training.batches import Images, seed_everything, transform
 from metaformer.training.config import CONFIGS, Config, load_config
 from metaformer.training.data import open_split
 from metaformer.training.distributed import Processes
@@ -132,8 +129,8 @@ def compare_setup(train: ModuleType, name: str, root: Path) -> Iterator[Compared
     yield compared("recipe", "drop path of the blocks", np.abs(np.subtract(*rates)).max())
     pictures = timm.data.create_dataset("", root=root, split="val")
     loaded = torch.cat([images for images, _ in official_loader(pictures, official.eval)])
-    prepared = [transform(config, is_training=False)(picture(pictures, i)) for i in range(len(pictures))]
-    prepared = normaliser(config, CPU)(torch.stack(prepared))
+    images = Images(pictures, transform(config, is_training=False))
+    prepared = normaliser(config, CPU)(torch.stack([images[0, i][0] for i in range(len(images))]))
     yield compared("recipe", "pixels of evaluated pictures, normalised", (prepared - loaded).abs().max())
 
 
@@ -154,12 +151,6 @@ def decay_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     return {names[of]: group["weight_decay"] for group in optimizer.param_groups for of in group["params"]}
 
 
-def picture(dataset: Any, index: int) -> Image.Image:
-    file, _ = dataset.reader[index]
-    with file:
-        return to_rgb(Image.open(file))
-
-
 def compare_recipe(train: ModuleType, root: Path) -> Iterator[Compared]:
     """PoolFormer-S12's schedule, optimizer, augmentation, Mixup and CutMix, erasing and loss, from the same draws."""
     config, official = config_of("poolformer_s12"), official_setup(train, "poolformer_s12")
@@ -178,14 +169,13 @@ def compare_recipe(train: ModuleType, root: Path) -> Iterator[Compared]:
     yield compared("recipe", f"learning rate of each of the {epochs} epochs, relative", difference)
 
     pictures, batches, size = timm.data.create_dataset("", root=root, split="val"), 40, 8
-    loader, ours, drawn = official_loader(pictures, official.train), transform(config, is_training=True), []
+    loader, drawn = official_loader(pictures, official.train), []
+    ours = Images(pictures, transform(config, is_training=True), config.seed)
     for number in range(batches * size):
-        each = []
-        for of in (ours, loader.dataset.transform):
-            seed_everything(number)
-            each.append(of(picture(pictures, number % len(pictures))))
-        drawn.append(each)
-    drawn = torch.stack([torch.stack(each) for each in drawn]).int()
+        index = number % len(pictures)
+        seed_everything(config.seed, number, index)  # as ours does itself
+        drawn.append(torch.stack([pictures[index][0], ours[number, index][0]]))
+    drawn = torch.stack(drawn).int()
     yield compared("recipe", f"pixels of {len(drawn)} augmented pictures", (drawn[:, 0] - drawn[:, 1]).abs().max())
 
     mix, normalise, erase = build_mixing(config, 1000), normaliser(config, CPU), build_erasing(config, CPU)
@@ -257,24 +247,24 @@ def compare_trajectory(
     return {"dtype": kind, "precision": precision, "drop_path": drop_path, "losses": losses, "weights": weights}
 
 
-def measure(clone: Path, folder: Path | None = None) -> dict[str, Any]:
+def measure(clone: Path) -> dict[str, Any]:
     """The record of all comparisons (:class:`metaformer.records.Parity`), without its provenance.
 
     Args:
         clone: the official repository.
-        folder: pictures to prepare; ``None`` for three that matplotlib and scikit-learn ship.
 
     Raises:
-        InputError: as :func:`load_official`, or there are no pictures.
+        InputError: as :func:`load_official`.
     """
-    train, pictures = load_official(clone), pictures_in(folder)
+    train, images = load_official(clone), Path(sklearn.datasets.__file__).parent / "images"
+    pictures = [images / "china.jpg", images / "flower.jpg", get_sample_data("grace_hopper.jpg", asfileobj=False)]
     torch.manual_seed(0)
     models = [row for name in tqdm(MODELS, desc="models", disable=None) for row in compare_model(train, name)]
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        for split, images in (("train", 24), ("val", max(len(pictures), 4))):
-            for i in range(images):
-                path = Path(pictures[i % len(pictures)]).resolve()
+        for split, number in (("train", 24), ("val", 4)):
+            for i in range(number):
+                path = Path(pictures[i % 3])
                 link = root / split / str(i % 4) / f"{i:05d}{path.suffix}"
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path)
@@ -294,15 +284,6 @@ def measure(clone: Path, folder: Path | None = None) -> dict[str, Any]:
         "trajectories": trajectories,
         "departures": departures(trajectories),
     }
-
-
-def pictures_in(folder: Path | None) -> list[Path]:
-    if folder is None:
-        images = Path(sklearn.datasets.__file__).parent / "images"
-        return [images / "china.jpg", images / "flower.jpg", get_sample_data("grace_hopper.jpg", asfileobj=False)]
-    if not (found := sorted(path for path in folder.rglob("*") if is_img_extension(path.suffix.lower()))):
-        raise InputError(f"there are no pictures in {folder}: give a folder with JPEG or PNG files")
-    return found
 
 
 def departures(trajectories: list[dict[str, Any]]) -> list[dict[str, str]]:
