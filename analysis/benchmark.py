@@ -37,7 +37,7 @@ import torch
 
 from metaformer.analysis import contestants
 from metaformer.analysis.benchmark import benchmark
-from metaformer.analysis.contestants import BEST, EXPORTED, LAYOUTS, OTHERS, OURS, PRECISIONS, RUNTIMES, TASKS, Cell
+from metaformer.analysis.contestants import BEST, LAYOUTS, OTHERS, OURS, PRECISIONS, RUNTIMES, TASKS, Cell
 from metaformer.analysis.count import size_of
 from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import compared, place, timings
@@ -69,8 +69,7 @@ def parse() -> argparse.Namespace:
     presets = parser.add_mutually_exclusive_group()
     presets.add_argument("--matrix", action="store_true", help="every runtime, layout and precision of the device")
     presets.add_argument("--growth", action="store_true", help="against batch, size and model, with the memory")
-    all_forms = "all for a PoolFormer, plain and fused for another model"
-    add("--forms", nargs="+", choices=OURS + OTHERS, help=f"what is compared (default: {all_forms})")
+    add("--forms", nargs="+", choices=OURS + OTHERS, help="what is compared (default: all that the model has)")
     add("--runtimes", nargs="+", choices=RUNTIMES, help="what runs the forms (default: eager)")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is timed (default: both)")
     add("--batch", type=positive, nargs="+", metavar="N", help="images in a batch (default: 8)")
@@ -88,7 +87,7 @@ def parse() -> argparse.Namespace:
 
 def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestants.Entry]]]:
     """The cells that the options ask for, with the contestants of each."""
-    size, device = size_of(options.size), torch.device(options.device)
+    size = size_of(options.size)
     if not options.seconds > 0:
         raise InputError(f"--seconds {options.seconds:g}: give a duration above 0")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -102,11 +101,9 @@ def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestant
     layouts = options.memory_format or (LAYOUTS if matrix else ["channels_last"])
     found = []
     for task, precision in product([task for task in TASKS if task in options.tasks], precisions):
-        given = options.forms or ([BEST[task], "timm"] if two else None)
-        entered = contestants.entries(task, contestants.chosen_forms(options.model, given, [task]), runtimes, layouts)
-        if not entered:
-            raise InputError(f"no contestant does {task}: {' and '.join(EXPORTED)} do inference, not of the form fused")
-        base = Cell(task, options.model, 8, size, precision, device)
+        forms = options.forms or ([BEST[task], "timm"] if two else None)
+        entered = contestants.entries(task, options.model, forms, runtimes, layouts)
+        base = Cell(task, options.model, 8, size, precision, options.device)
         cells = [base._replace(batch=batch) for batch in options.batch or (MATRIX[task] if matrix else [8])]
         if options.growth:
             grown = [cells[0]._replace(**{field: value}) for field, values in GROWTH.items() for value in values]
@@ -118,12 +115,8 @@ def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestant
 def report(record: Benchmark) -> str:
     """The last cell of a record."""
     cell = record.cells[-1]
-    rates, floor = cell.rates, cell.floor
     lines = [
         f"{', '.join(place(record, cell).values())}: {cell.task}",
-        f"  products {rates.macs_per_s / 1e9:,.1f} GMAC/s, copies {rates.bytes_per_s / 1e9:,.1f} GB/s; floor "
-        f"{1000 * floor.macs / rates.macs_per_s:,.2f} ms for {floor.macs / 1e9:,.2f} GMACs, "
-        f"{1000 * floor.bytes / rates.bytes_per_s:,.2f} ms for {floor.bytes / 1e9:,.2f} GB",
         *(f"  not timed: {of.form} ({of.runtime}, {of.memory_format}): {of.reason}" for of in cell.absent),
         f"  fastest: {compared(cell)['fastest']}",
     ]

@@ -69,9 +69,8 @@ def benchmark(
     for cell, entered in cells:
         counted = count(cell.model, cell.size)
         rates = rates_of(cell.precision, cell.device)
-        about = {**cell._asdict(), "size": list(cell.size), "device": cell.device.type}
         measured = measure(cell, entered, rounds, seconds, memory)
-        record["cells"].append({**about, "rates": rates, "floor": floor(cell, counted, rates), **measured})
+        record["cells"].append({**cell._asdict(), "rates": rates, "floor": floor(cell, counted, rates), **measured})
         if any(cell["contestants"] for cell in record["cells"]):
             yield record
     if not any(cell["contestants"] for cell in record["cells"]):
@@ -123,15 +122,15 @@ def warm_up(
         InputError: it computes something else than the plain form.
     """
     entry, training = contestant.entry, contestant.training
-    freezes = entry.runtime == "compiled" and not training and cell.device.type == "cpu"
+    freezes = entry.runtime == "compiled" and not training and cell.device == "cpu"
     with inductor.patch(freezing=True) if freezes else nullcontext():
         first, *_, last = (seconds_of(contestant.call, 1, cell.device) for _ in range(WARM_UP))
     error = contestants.largest_error(contestant.outputs(), expected)
     if not error <= TOLERANCES[cell.precision]:
         raise InputError(f"its output differs from the plain form's in float32 by {error:.1e} of it")
     peak = None
-    if cell.device.type == "cuda":
-        peak = peak_bytes(contestant, cell.device)
+    if cell.device == "cuda":
+        peak = peak_bytes(contestant)
     elif memory and entry.runtime == "eager":  # the compiler and the exporter need more memory than the model
         peak = resident_bytes(entry, cell)
     return contestant.call, {
@@ -145,19 +144,15 @@ def warm_up(
     }
 
 
-def seconds_of(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any], calls: int, device: str) -> float:
     """Mean seconds of a call, over several calls in a row and including the device's work."""
-    synchronise(device)
+    synchronise = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
+    synchronise()
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    synchronise(device)
+    synchronise()
     return (time.perf_counter() - start) / calls
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def saved_bytes(contestant: Contestant) -> int:
@@ -178,14 +173,14 @@ def saved_bytes(contestant: Contestant) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(contestant: Contestant, device: torch.device) -> int:
+def peak_bytes(contestant: Contestant) -> int:
     """Peak GPU memory that a call allocates beyond what is allocated before it."""
     contestant.model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     contestant.call()
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated() - before
 
 
 def resident_bytes(entry: Entry, cell: Cell) -> int:
@@ -214,24 +209,24 @@ def resident(field: str) -> int:
 
 
 @lru_cache
-def rates_of(precision: str, device: torch.device) -> dict[str, float]:
+def rates_of(precision: str, device: str) -> dict[str, float]:
     set_precision(precision)
     return {"macs_per_s": matrix_rate(DTYPES[precision], device), "bytes_per_s": bandwidth(device)}
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
     """Multiply-accumulates per second of a large matrix product, by PyTorch's fastest library for it."""
-    side = SIDE[device.type]
+    side = SIDE[device]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     products = [lambda: torch.mm(left, right)]
-    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
     return side**3 / min(seconds_of(product, 1, device) for product in products for _ in range(REPEATS))
 
 
-def bandwidth(device: torch.device) -> float:
+def bandwidth(device: str) -> float:
     """Bytes read and written per second in a large copy."""
-    source, target = (torch.ones(COPIED[device.type], dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = (torch.ones(COPIED[device], dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * source.numel() / min(seconds_of(lambda: target.copy_(source), 1, device) for _ in range(REPEATS))
 
 

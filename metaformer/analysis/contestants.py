@@ -8,7 +8,6 @@ PoolFormers. PyTorch runs a form ``eager`` or ``compiled``; onnxruntime and open
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple
 
@@ -56,14 +55,15 @@ class Cell(NamedTuple):
     batch: int
     size: Size
     precision: str
-    device: torch.device
+    device: str
+    """``cpu`` or ``cuda``."""
 
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def __str__(self) -> str:
         height, width = self.size
@@ -107,32 +107,27 @@ class Contestant(NamedTuple):
         return [logits, stem_of(self.model).grad]
 
 
-def chosen_forms(model: str, given: list[str] | None, tasks: list[str]) -> list[str]:
-    """The forms to compare: those given, or by default all for a PoolFormer, and plain and fused for other models.
+def entries(task: str, model: str, forms: list[str] | None, runtimes: list[str], layouts: list[str]) -> list[Entry]:
+    """Every different contestant of a model in a task, of the given forms or all.
+
+    A file has one layout and no fused form. Folded models and files do inference only.
 
     Raises:
-        InputError: the model does not exist, does not have a form, or no form can do a task.
+        InputError: the model does not exist or does not have a form, or nothing of this kind does the task.
     """
     variant_arguments(model)
-    others = model in metaformer.POOLFORMERS
-    forms = [form for form in OURS + OTHERS if form in (given or (OURS + OTHERS if others else OURS[:2]))]
-    if not others and (without := [form for form in forms if form in OTHERS]):
-        raise InputError(f"{' and '.join(without)} has no {model}: use the forms {', '.join(OURS)}")
-    if forms == ["folded"] and "training" in tasks:
-        raise InputError("the form folded is for inference only: use --tasks inference, or another form")
-    return forms
-
-
-def entries(task: str, forms: list[str], runtimes: list[str], layouts: list[str]) -> list[Entry]:
-    """Every different contestant: a file has one layout and no fused form, and only PyTorch trains."""
-    of_pytorch = [runtime for runtime in runtimes if runtime not in EXPORTED]
-    exported = [runtime for runtime in runtimes if runtime in EXPORTED and task == "inference"]
-    forms = [form for form in forms if form != "folded" or task == "inference"]
-    exportable = [form for form in forms if form != "fused"]
-    return [
-        *(Entry(*place) for place in product(forms, of_pytorch, layouts)),
-        *(Entry(*place, "contiguous") for place in product(exportable, exported)),
-    ]
+    known = OURS + OTHERS if model in metaformer.POOLFORMERS else OURS
+    if wrong := [form for form in forms or () if form not in known]:
+        raise InputError(f"{wrong[0]} has no {model}: use the forms {', '.join(known)}")
+    found = {}
+    for form, runtime, layout in product(known, runtimes, layouts):
+        is_file = runtime in EXPORTED
+        able = {"inference": not (is_file and form == "fused"), "training": not (is_file or form == "folded")}
+        if able[task] and form in (forms or known):
+            found[Entry(form, runtime, "contiguous" if is_file else layout)] = None
+    if not found:
+        raise InputError(f"no contestant does {task}: folded models and files do inference only, and no file is fused")
+    return list(found)
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +177,8 @@ def contestant(entry: Entry, cell: Cell) -> Contestant:
     """Build a contestant.
 
     Raises:
-        InputError: a package is missing, or the runtime does not have the precision or the device.
+        InputError: the runtime does not have the precision or the device.
+        ImportError: a package is missing.
     """
     if entry.runtime in EXPORTED:
         call = exported(entry, cell)
@@ -191,7 +187,7 @@ def contestant(entry: Entry, cell: Cell) -> Contestant:
         raise InputError("oneDNN has no bfloat16 products on this processor")
     model = build(entry.form, entry.memory_format, cell)
     images = given(cell).images.to(memory_format=LAYOUTS[entry.memory_format])
-    if entry.runtime == "compiled" and cell.device.type == "cpu":
+    if entry.runtime == "compiled" and cell.device == "cpu":
         get_cpp_compiler()  # raises without one
     network = torch.compile(model) if entry.runtime == "compiled" else model
 
@@ -217,10 +213,7 @@ def has_bfloat16() -> bool:
 def exported(entry: Entry, cell: Cell) -> Callable[[], Tensor]:
     """What runs the ONNX file of a form, with as many threads as PyTorch has."""
     runtime, half = entry.runtime, cell.precision != "float32"
-    needed = dict.fromkeys((*export.ONNX_PACKAGES, runtime))
-    if missing := [package for package in needed if find_spec(package) is None]:
-        raise InputError(f"not installed: {', '.join(missing)}")
-    if cell.device.type != "cpu":
+    if cell.device != "cpu":
         raise InputError(f"{runtime} is timed on a CPU only")
     if half and runtime == "onnxruntime":
         raise InputError("onnxruntime has no bfloat16 for these operators on a CPU")

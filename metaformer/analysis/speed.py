@@ -128,8 +128,7 @@ def compared(cell: Cell) -> Row:
     for absent in cell.absent:
         reasons[column_of(absent)][absent.reason] = None
     texts = {column: f"{timing.interval}, {timing.contestant.form}, {timing.layout}" for column, timing in best.items()}
-    top = max((timing.interval for timing in best.values()), default=None)
-    level = [column for column, timing in best.items() if timing.interval.high >= top.low]
+    level = [column for column, timing in best.items() if timing.interval.high >= entered[-1].interval.low]
     winner = level[0] if len(level) == 1 else f"tie: {'; '.join(reversed(level))}"
     return {
         "fastest": Measurement(winner if len(best) > 1 else None, NOT_MEASURED),
