@@ -191,7 +191,7 @@ def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
         (["poolformer_s112"], "there is no model 'poolformer_s112' (did you mean 'poolformer_s12'?)"),
         (["configs/detection/none.py"], "there is no config configs/detection/none.py"),
         ([ROOT / "configs/detection/_base_/coco_1x.py"], "is not the config of a model"),
-        (["poolformer_s12", "--size", "1"], "does not take images of 1 x 1 pixels"),
+        (["poolformer_s12", "--size", "1"], "cannot count poolformer_s12 at 1 x 1 pixels: the model must take"),
         (["poolformer_s12", "--size", "1", "2", "3"], "give one side or height and width"),
     ],
 )
@@ -221,7 +221,7 @@ def test_broken_configs(content, says, tmp_path):
 def test_configs_that_cannot_be_counted(config):
     """Three heads for boxes, and a transformer that needs the sizes of the images before padding."""
     path = Path(mmdet.__file__).parent / ".mim/configs" / config
-    with pytest.raises(InputError, match=r"cannot count .* at 800 x 1280 pixels: a config is counted if its model"):
+    with pytest.raises(InputError, match=r"cannot count .* at 800 x 1280 pixels: the model must take images of this"):
         count.count(str(path))
 
 

@@ -532,7 +532,7 @@ def test_all_forms_that_a_model_has_are_compared_unless_told_otherwise():
         (["--batch", 0], "argument --batch: 0 is not a whole number from 1"),
         (["--rounds", "1.5"], "argument --rounds: 1.5 is not a whole number from 1"),
         (["--size", 64, 64, 64], "--size 64 64 64: give one side or height and width, in pixels"),
-        (["--size", 1], "does not take images of 1 x 1 pixels"),
+        (["--size", 1], "cannot count poolformer_s12 at 1 x 1 pixels: the model must take images of this size"),
         (["--precision", "float31"], "argument --precision: invalid choice: 'float31'"),
         (["--precision", "float16"], "--precision float16: on this device, use float32, bfloat16, mkldnn_bf16"),
         (["--runtimes", "jit"], "argument --runtimes: invalid choice: 'jit'"),

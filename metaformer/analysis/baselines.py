@@ -2,6 +2,7 @@
 
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
@@ -53,19 +54,15 @@ class PVT(nn.Module):
     The original classifies a token that it adds in the last stage: 512 parameters and 1/50 of that stage's MACs more.
     """
 
-    def __init__(self, layers: tuple[int, ...], img_size: int, num_classes: int):
+    def __init__(self, name: str, img_size: int = 224, num_classes: int = 1000, **_: Any):
         super().__init__()
         from mmdet.models import PyramidVisionTransformer  # here: nothing else of this file needs mmdet
 
-        self.backbone = PyramidVisionTransformer(img_size, num_layers=list(layers))
+        self.backbone = PyramidVisionTransformer(img_size, num_layers=list(PVT_LAYERS[name]))
         self.head = nn.Linear(512, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images)[-1].mean((-2, -1)))
-
-
-def pvt(name: str, img_size: int = 224, num_classes: int = 1000, **_: Any) -> nn.Module:
-    return PVT(PVT_LAYERS[name], img_size, num_classes)
 
 
 class WindowMLP(SwinTransformerBlock):
@@ -95,24 +92,11 @@ class WindowMLP(SwinTransformerBlock):
 def swin_mixer(name: str, img_size: int | None = None, num_classes: int = 1000, **_: Any) -> nn.Module:
     """Swin-Mixer, Swin with :class:`WindowMLP` (arXiv 2103.14030, Table 10)."""
     side, arguments = SWIN_MIXERS[name]
-    model = SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
-    for stage, heads in zip(model.layers, arguments["num_heads"], strict=True):
-        stage.blocks = nn.Sequential(
-            *(
-                WindowMLP(
-                    num_heads=heads,
-                    dim=block.dim,
-                    input_resolution=block.input_resolution,
-                    window_size=block.window_size,
-                    shift_size=block.shift_size,
-                )
-                for block in stage.blocks
-            )
-        )
-    return model
+    with patch("timm.models.swin_transformer.SwinTransformerBlock", WindowMLP):
+        return SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
 
 
 for _name in (*SWIN_MIXERS, *PVT_LAYERS):
-    _create = partial(swin_mixer if _name in SWIN_MIXERS else pvt, _name)
+    _create = partial(swin_mixer if _name in SWIN_MIXERS else PVT, _name)
     _create.__name__, _create.__module__ = _name, __name__
     register_model(_create)

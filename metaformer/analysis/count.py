@@ -36,8 +36,8 @@ DEFAULT_SIZES = {"mmdet": (800, 1280), "mmseg": (512, 512)}
 PROPOSALS, MASKS = 1000, 100
 """Boxes and masks in the second stage of a counted detector, as in mmdet's get_flops.py."""
 COUNTED = (
-    "a config is counted if its model computes its outputs from the images alone, and a detector of two stages if its "
-    "second stage is that of Faster or Mask R-CNN"
+    "the model must take images of this size and compute its outputs from them alone, and the second stage of a "
+    "detector must be that of Faster or Mask R-CNN"
 )
 
 
@@ -72,11 +72,7 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
             uncounted = analysis.unsupported_ops()
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        if model.endswith(".py"):
-            raise InputError(f"cannot count {model} at {size[0]} x {size[1]} pixels: {COUNTED} ({reason})") from error
-        if isinstance(error, AttributeError | TypeError):
-            raise
-        raise InputError(f"{model} does not take images of {size[0]} x {size[1]} pixels: {reason}") from error
+        raise InputError(f"cannot count {model} at {size[0]} x {size[1]} pixels: {COUNTED} ({reason})") from error
     named = dict(network.named_parameters())
     return {
         "size": list(size),
