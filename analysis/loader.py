@@ -20,11 +20,13 @@ from metaformer.errors import InputError, run_command
 from metaformer.provenance import provenance, write_json
 from metaformer.records import Loading
 from metaformer.training.config import CONFIGS, load_config
-from metaformer.training.distributed import join
 
 
-def report(record: Loading) -> str:
+def report(record: Loading, consume: float | None) -> str:
     (row,) = loader_rows(record)
+    if consume:
+        rate = record.decoders["pillow"].loader_images_per_s_per_worker.median
+        row[f"workers for {consume:,g} images/s"] = math.ceil(consume / rate)
     lines = [f"  {heading}: {cell}" for heading, cell in row.items() if cell is not None]
     return "\n".join([f"{record.images} pictures, median of {record.rounds} rounds (min to max)", *lines])
 
@@ -54,10 +56,10 @@ def main() -> None:
     folder = {"dataset": "", "data_dir": options.data_dir, "dataset_args": {}, "num_classes": None}
     config = load_config([options.config]).model_copy(update=folder)
     torch.set_num_threads(1)  # as in a process of the loader
-    record = {**measure(config, join(), options.workers, options.images, options.rounds, consume), **provenance()}
+    record = {**measure(config, options.workers, options.images, options.rounds), **provenance()}
     if options.record:
         write_json(options.record, record)
-    print(report(Loading.model_validate(record)))
+    print(report(Loading.model_validate(record), consume))
 
 
 if __name__ == "__main__":

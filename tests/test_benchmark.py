@@ -418,7 +418,7 @@ def test_the_command_writes_what_the_importer_takes(tmp_path, monkeypatch, comma
     assert f"record: {path.relative_to(tmp_path)}" in out
     assert "2 x 64 x 64, float32: inference" in out
     (imported,) = records.import_records([path], tmp_path / "results")
-    assert imported.name.startswith("benchmark-poolformer_s12-")
+    assert imported.name.startswith("benchmark-2")
     found = records.read_record(imported)
     assert [(of.task, of.batch) for of in found.cells] == [
         *(("inference", 2), ("inference", 3)),

@@ -135,7 +135,6 @@ def test_record(jpegs, tmp_path, measure):
     assert 51 <= record["data"]["mean_height"] <= 75
     assert 500 < record["data"]["mean_bytes"] < max(path.stat().st_size for path in sizes)
     assert record["settings"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
-    assert record["consume_images_per_s"] == 5000
     assert "analysis/loader.py --config" in record["command"]
     assert {"commit", "versions", "hardware", "date"} <= record.keys()
     ((name, found),) = record["decoders"].items()
@@ -143,24 +142,21 @@ def test_record(jpegs, tmp_path, measure):
     for key in ("decode_images_per_s", "loader_images_per_s_per_worker"):
         assert 0 < found[key]["min"] <= found[key]["median"] <= found[key]["max"]
     rate = found["loader_images_per_s_per_worker"]["median"]
-    assert (found["workers_needed"] - 1) * rate < 5000 <= found["workers_needed"] * rate
     assert "8 pictures, median of 3 rounds" in printed
-    assert f"workers for: 5,000 images/s: {found['workers_needed']}" in printed
+    needed = int(printed.split("workers for 5,000 images/s: ")[1])
+    assert (needed - 1) * rate < 5000 <= needed * rate
 
     import_records([path], tmp_path / "results")
     (row,) = speed.loader(Measured(tmp_path / "results")).rows
     assert (row["decoder"], str(row["workers"])) == ("pillow", "2")
-    assert row["workers for"] == f"5,000 images/s: {found['workers_needed']}"
     assert row["whole loader, images/s per worker"].value == rate
 
 
-def test_needed_workers_are_rounded_up(jpegs, tmp_path, monkeypatch, measure):
+def test_needed_workers_are_rounded_up(jpegs, monkeypatch, measure):
     monkeypatch.setattr(loader, "seconds_of_epoch", lambda *_: 0.08)  # 8 pictures by 2 workers: 50 a second each
     for consume, needed in ((210, 5), (200, 4), (10, 1)):
-        path = tmp_path / f"{consume}.json"
         arguments = ["--data-dir", jpegs, "--workers", 2, "--images", 8, "--rounds", 1, "--consume", consume]
-        assert measure(*arguments, "--record", path)[0] == 0
-        assert json.loads(path.read_text())["decoders"]["pillow"]["workers_needed"] == needed
+        assert measure(*arguments)[1].endswith(f"workers for {consume} images/s: {needed}\n")
 
 
 def test_without_consume_no_workers_are_said(jpegs, measure):

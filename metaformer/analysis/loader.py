@@ -13,7 +13,7 @@ from metaformer.errors import InputError
 from metaformer.training.batches import TrainBatches, checked, to_rgb
 from metaformer.training.config import Config
 from metaformer.training.data import class_names, count_classes, open_split
-from metaformer.training.distributed import Processes
+from metaformer.training.distributed import join
 from metaformer.training.loader import loader_processes, train_loader
 from metaformer.training.model import build_model, with_input_of
 
@@ -23,15 +23,12 @@ INPUT_SETTINGS = {
 }
 
 
-def measure(
-    config: Config, processes: Processes, workers: int, images: int, rounds: int, consume: float | None = None
-) -> dict[str, Any]:
+def measure(config: Config, workers: int, images: int, rounds: int) -> dict[str, Any]:
     """Measure the loader and return a record (:class:`metaformer.records.Loading`) without its provenance.
 
     Args:
         workers: number of loader processes.
         images: largest number of pictures in a round.
-        consume: images/s that the devices of a node take, from which the number of workers is computed.
 
     Raises:
         InputError: there are no pictures, fewer pictures than workers, or a picture cannot be read.
@@ -41,7 +38,7 @@ def measure(
     fresh = config.model_copy(update={"pretrained": False, "checkpoint": None})
     config = with_input_of(config, build_model(fresh, num_classes))
     batches = equal_batches(len(dataset), min(images, len(dataset)), config.device_batch, workers, config.seed)
-    loader = train_loader(config, dataset, batches, processes, workers)
+    loader = train_loader(config, dataset, batches, join(), workers)
     indices = [index for batch in batches for _, index in batch]
     rates, decoding = [], []
     with loader_processes(loader):
@@ -53,7 +50,6 @@ def measure(
             decoding.append(len(indices) / (time.perf_counter() - start))
     width, height, size = map(statistics.mean, zip(*sizes, strict=True))
     means = {"mean_width": width, "mean_height": height, "mean_bytes": size}
-    rate = spread(rates)
     return {
         "kind": "loader",
         "data": {"data_dir": config.data_dir, "classes": num_classes, "images": len(dataset), **means},
@@ -62,13 +58,8 @@ def measure(
         "images": len(indices),
         "batch": batches.device_batch,
         "rounds": rounds,
-        "consume_images_per_s": consume,
         "decoders": {
-            "pillow": {
-                "decode_images_per_s": spread(decoding),
-                "loader_images_per_s_per_worker": rate,
-                "workers_needed": None if consume is None else math.ceil(consume / rate["median"]),
-            }
+            "pillow": {"decode_images_per_s": spread(decoding), "loader_images_per_s_per_worker": spread(rates)}
         },
     }
 

@@ -12,8 +12,8 @@ from metaformer.analysis.cells import Mean, Measurement, Number, Row
 from metaformer.analysis.count import ROOT
 from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
-from metaformer.records import Benchmark, Classification, Evaluation, Record, Training, read_record
-from metaformer.records.schema import Detection, Segmentation
+from metaformer.records import Benchmark, Record, Training, read_record
+from metaformer.records.schema import Classification, Detection, Evaluation, Segmentation
 from metaformer.records.statistics import Results, student
 from metaformer.variants import VARIANTS
 

@@ -11,7 +11,7 @@ from metaformer.analysis.cells import NOT_MEASURED, Measurement, Number, Range, 
 from metaformer.analysis.contestants import BEST, EXPORTED, OURS, PRECISIONS, TASKS
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import BUILT, captions, paper, rows_of, table_of
-from metaformer.records import Benchmark, Cell, Contestant, Entry, Loading, Parity, Spread
+from metaformer.records.schema import Benchmark, Cell, Contestant, Entry, Loading, Parity, Spread
 from metaformer.variants import POOLFORMERS
 
 COLUMNS = (*(f"{library}, {mode}" for library in ("ours", "timm") for mode in ("eager", "compiled")), *EXPORTED)
@@ -205,7 +205,7 @@ def loader(measured: Measured) -> Table:
 
 
 def loader_rows(record: Loading) -> list[Row]:
-    data, consume = record.data, record.consume_images_per_s
+    data = record.data
     return [
         {
             "decoder": name,
@@ -216,7 +216,6 @@ def loader_rows(record: Loading) -> list[Row]:
             "decoding alone, images/s": measured_range(of.decode_images_per_s, 0),
             "whole loader, images/s per worker": measured_range(of.loader_images_per_s_per_worker, 0),
             "times Pillow": of.loader_relative_to_pillow and measured_range(of.loader_relative_to_pillow, 2),
-            "workers for": f"{consume:,g} images/s: {of.workers_needed}" if consume else None,
             "measured": record.date[:10],
         }
         for name, of in record.decoders.items()

@@ -1,9 +1,8 @@
 """Result records of runs, benchmarks, studies, fault campaigns and the toolboxes.
 
-``schema`` defines and checks the fields, with ``parts`` and ``speed``; ``importing`` copies records to
-analysis/results/; ``statistics`` compares the runs of studies.
+``schema`` defines and checks the fields; ``importing`` copies records to analysis/results/; ``statistics`` compares the
+runs of studies.
 """
 
 from metaformer.records.importing import import_records, without_machine_paths
-from metaformer.records.schema import Classification, Evaluation, Parity, Record, Training, parse, read_record
-from metaformer.records.speed import Benchmark, Cell, Contestant, Entry, Loading, Spread
+from metaformer.records.schema import Benchmark, Loading, Parity, Record, Training, parse, read_record

@@ -62,7 +62,8 @@ def import_records(
         # The digest distinguishes records of the same second.
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
         time = re.sub("[^0-9T]", "", parsed.date[:19])
-        name = re.sub(r"[^\w.-]", "-", f"{parsed.kind}-{parsed.model}-{time}-{digest}.json")
+        parts = [parsed.kind, getattr(parsed, "model", ""), time, digest]  # benchmarks have one for each cell
+        name = re.sub(r"[^\w.-]", "-", "-".join(filter(None, parts)) + ".json")
         checked[results / name] = record
     for target, record in checked.items():
         write_json(target, record)

@@ -4,11 +4,65 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from metaformer.errors import InputError
-from metaformer.records.parts import Amount, Count, Data, Hardware, Part, Percent, Positive, Provenance, Settings
-from metaformer.records.speed import Benchmark, Loading
+
+# Parts of several kinds
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """Base class of all parts of a record. Fields that a class does not name are kept."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Hardware(Part):
+    cpu: str
+    cpu_capability: str | None = None
+    """The vector instructions that PyTorch uses, such as ``AVX2``; missing in early records."""
+    cores: Positive
+    gpus: list[str]
+
+    @property
+    def processor(self) -> str:
+        instructions = f" ({self.cpu_capability})" if self.cpu_capability else ""
+        return f"{self.cpu}{instructions}, {self.cores} cores"
+
+    @property
+    def device(self) -> str:
+        """The GPU, or else the processor."""
+        return self.gpus[0] if self.gpus else self.processor
+
+
+class Provenance(Part):
+    command: str
+    commit: str | None
+    versions: dict[str, str | None]
+    hardware: Hardware
+    date: str
+
+
+class Data(Part):
+    classes: Positive
+    images: Positive | None = None
+    val_images: Positive | None = None
+    train_sha256: str | None = None
+    val_sha256: str | None = None
+
+
+class Settings(Part):
+    img_size: Positive | None = None
+    crop_pct: float | None = None
+    model_args: dict[str, Any] = {}
+    seed: int | None = None
+    study: str | None = None
+    row: str | None = None
 
 
 class Weights(Part):
@@ -145,6 +199,109 @@ class Training(Part):
         return self.starts[-1].hardware
 
 
+# Speed of models and of the loader
+
+
+class BenchmarkSettings(Part):
+    rounds: Positive
+    seed: int
+
+
+class Rates(Part):
+    """Rates of large matrix products and copies on the machine."""
+
+    macs_per_s: Amount
+    bytes_per_s: Amount
+
+
+class Floor(Part):
+    """Work of a batch and the least time that it takes."""
+
+    macs: Positive
+    bytes: Positive
+    seconds: Amount
+
+
+class Entry(Part):
+    form: str
+    runtime: str
+    memory_format: str
+
+
+class Absent(Entry):
+    reason: str
+
+
+class Contestant(Entry):
+    seconds: Annotated[list[Amount], Field(min_length=1)]
+    """Duration of a call on the batch in each round."""
+    saved_bytes_per_image: Amount | None
+    peak_bytes: Positive | None
+    """On a GPU, what a call allocates; on a CPU, what model and calls take of a fresh process's resident memory."""
+
+
+def took_turns(contestants: list[Contestant]) -> list[Contestant]:
+    if len({len(contestant.seconds) for contestant in contestants}) > 1:
+        raise ValueError("the contestants do not have equally many rounds")
+    entries = {(contestant.form, contestant.runtime, contestant.memory_format) for contestant in contestants}
+    if len(entries) < len(contestants):
+        raise ValueError("a contestant occurs twice")
+    return contestants
+
+
+class Cell(Part):
+    """Contestants that took turns at one task on one batch."""
+
+    task: Literal["inference", "training"]
+    model: str
+    batch: Positive
+    size: tuple[Positive, Positive]
+    precision: str
+    device: Literal["cpu", "cuda"]
+    rates: Rates
+    floor: Floor
+    contestants: Annotated[list[Contestant], AfterValidator(took_turns)]
+    absent: list[Absent] = Field(default_factory=list)
+
+
+class Benchmark(Provenance):
+    kind: Literal["benchmark"]
+    settings: BenchmarkSettings
+    cells: Annotated[list[Cell], Field(min_length=1)]
+
+    def device(self, cell: Cell) -> str:
+        return self.hardware.device if cell.device == "cuda" else self.hardware.processor
+
+
+class Spread(Part):
+    median: Amount
+    min: Amount
+    max: Amount
+
+
+class Decoder(Part):
+    decode_images_per_s: Spread
+    loader_images_per_s_per_worker: Spread
+    loader_relative_to_pillow: Spread | None = None
+
+
+class Pictures(Data):
+    mean_width: Amount
+    mean_height: Amount
+    mean_bytes: Amount  # of the encoded file
+
+
+class Loading(Provenance):
+    kind: Literal["loader"]
+    data: Pictures
+    workers: Positive
+    rounds: Positive
+    decoders: Annotated[dict[str, Decoder], Field(min_length=1)]
+    split_ms: dict[str, Spread] | None = None
+    """Milliseconds of a picture in each stage of the loader, in one process."""
+    settings: Settings
+
+
 # Campaigns of faults
 
 
@@ -207,8 +364,6 @@ class Departure(Part):
 
 class Parity(Provenance):
     kind: Literal["parity"]
-    model: Literal["poolformer"] = "poolformer"
-    """What the file of the record is called by."""
     official: Clone
     compared: Annotated[list[Compared], Field(min_length=1)]
     trajectories: list[Trajectory]
