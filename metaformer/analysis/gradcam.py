@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from timm.data import resolve_data_config
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metaformer import MetaFormer, open_checkpoint
 from metaformer.errors import InputError
 from metaformer.mixers import Size
+from metaformer.training.batches import to_rgb
 
 PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
 """The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
@@ -54,8 +55,8 @@ def read_picture(path: Path, size: Size = (224, 224)) -> np.ndarray:
     """Read a picture as RGB (H, W, 3) from 0 to 1, resized without a crop as in the official script."""
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+            pixels = np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read the picture {path}: {error}") from error
     return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
