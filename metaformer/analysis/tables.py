@@ -64,9 +64,8 @@ def table6(measured: Measured) -> Table:
             here, same = row["here"], printed in (0, "off")
         else:
             values = [settings[setting] for settings in recipes]
-            per_variant = isinstance(printed, list) and "one" not in row
-            here = values if per_variant else values[0]
-            same = here == printed and (per_variant or all(value == values[0] for value in values))
+            same = values in (printed, [printed] * len(recipes))  # one for each model, or for all
+            here = values[0] if all(value == values[0] for value in values) else values
         if same:
             verdict = Verdict("equal", row.get("note", ""))
         else:
