@@ -78,9 +78,9 @@ def to_markdown(texts: pd.DataFrame) -> str:
     return texts.to_markdown(index=False, disable_numparse=True, tablefmt="github")
 
 
-def markdown(rows: list[Row], absent: str = "Not measured yet.") -> str:
-    """Rows without title and notes, for a README; ``absent`` if there are none."""
-    return to_markdown(frame(rows, with_reason)) if rows else absent
+def markdown(rows: list[Row]) -> str:
+    """Rows without title and notes, for a README."""
+    return to_markdown(frame(rows, with_reason)) if rows else "Not measured yet."
 
 
 def with_section(text: str, name: str, content: str, path: Any) -> str:
