@@ -126,7 +126,7 @@ def entries(task: str, model: str, forms: list[str] | None, runtimes: list[str],
         if able[task] and form in (forms or known):
             found[Entry(form, runtime, "contiguous" if is_file else layout)] = None
     if not found:
-        raise InputError(f"no contestant does {task}: folded models and files do inference only, and no file is fused")
+        raise InputError(f"no contestant does {task}: folded models and files need --tasks inference; no file is fused")
     return list(found)
 
 
