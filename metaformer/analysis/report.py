@@ -3,7 +3,6 @@
 import math
 from base64 import b64encode
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from metaformer.analysis.cells import NOT_RUN, Number, Row, Table, Verdict, places
@@ -21,7 +20,11 @@ def report(tables: dict[str, Table], measured: Measured) -> str:
     """The page, complete without network: styles, script and figures are in it."""
     page = TEMPLATES.get_template("report.html").render(
         tables=[section(table) for table in tables.values()],
-        figures=[(name, image(name), caption) for name, caption in captions()["figures"].items() if svg(name).exists()],
+        figures=[
+            (b64encode(path.read_bytes()).decode(), caption)
+            for name, caption in captions()["figures"].items()
+            if (path := ROOT / f"analysis/figures/{name}.svg").exists()
+        ],
         studies=[study(name, results) for name, results in measured.studies.items()],
         width=WIDTH,
         height=HEIGHT,
@@ -51,15 +54,6 @@ def state(row: Row) -> str:
 
 
 JUDGED = ("holds", "fails", "undecided", NOT_RUN)
-
-
-def image(name: str) -> str:
-    """A figure as a data URL."""
-    return "data:image/svg+xml;base64," + b64encode(svg(name).read_bytes()).decode()
-
-
-def svg(name: str) -> Path:
-    return ROOT / f"analysis/figures/{name}.svg"
 
 
 def study(name: str, results: Results) -> dict[str, Any]:
