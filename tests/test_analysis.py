@@ -884,6 +884,14 @@ def test_gradcam_turns_pictures_as_the_camera_says(tmp_path):
     assert np.array_equal(turned, expected)
 
 
+def test_gradcam_takes_the_upper_half_of_greys_of_16_bits(tmp_path):
+    grey = Image.linear_gradient("L")
+    grey.save(tmp_path / "8.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "16.png")
+    found, expected = (gradcam.read_picture(tmp_path / f"{bits}.png") for bits in (16, 8))
+    assert np.array_equal(found, expected)
+
+
 def test_gradcam_shows_a_run_the_pictures_that_it_was_trained_on(run, picture):
     """TINY's pictures have 32 pixels; at 224 the maps would be those of another network."""
     folder = run("epochs=1")
