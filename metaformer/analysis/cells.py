@@ -94,15 +94,6 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-class Counted(NamedTuple):
-    """A figure as printed in the paper, as counted here, the difference, and whether they agree."""
-
-    paper: Number | None = None
-    counted: Number | None = None
-    difference: Number | None = None
-    verdict: Verdict | None = None
-
-
 def places(row: Row) -> list[Measurement]:
     """The cells for values that must be measured."""
     cells = [cell.here if isinstance(cell, Pair) else cell for cell in row.values()]
@@ -117,9 +108,7 @@ class Table(NamedTuple):
 
     def verdicts(self) -> Counter[str]:
         """The number of verdicts of each kind."""
-        cells = [cell for row in self.rows for cell in row.values()]
-        found = [cell.verdict if isinstance(cell, Counted) else cell for cell in cells]
-        return Counter(verdict.kind for verdict in found if isinstance(verdict, Verdict))
+        return Counter(cell.kind for row in self.rows for cell in row.values() if isinstance(cell, Verdict))
 
     def summary(self) -> str:
         """One line with the number of rows, of verdicts of each kind, and of present and missing measurements."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from metaformer.analysis.cells import Counted, Number, Row, Table, Verdict, as_printed, rounded
+from metaformer.analysis.cells import Number, Row, Table, Verdict, as_printed, rounded
 from metaformer.analysis.count import ROOT, cached_count
 from metaformer.variants import VARIANTS
 
@@ -56,10 +56,10 @@ def counted_value(build: str, column: str) -> Decimal:
     return Decimal(number) / UNITS[column]
 
 
-def compare(row: Row, column: str) -> Counted:
-    """Compare a printed figure with the counted one; an empty cell if the row does not print one."""
+def compare(row: Row, column: str) -> Row:
+    """A figure as printed and as counted, their difference and verdict; empty if the row does not print one."""
     if column not in row:
-        return Counted()
+        return dict.fromkeys(("paper", "counted", "difference", "verdict"))
     printed = as_printed(row[column])
     value, digits = counted_value(row["build"], column), printed.digits + 2
     explanation = row.get("explained", {}).get(column)
@@ -69,7 +69,8 @@ def compare(row: Row, column: str) -> Counted:
         verdict = explained(explanation)
     else:
         verdict = Verdict("unexplained", row.get("open", {}).get(column, ""))
-    return Counted(printed, Number(value, digits), Number(value - printed.value, digits, signed=True), verdict)
+    difference = Number(value - printed.value, digits, signed=True)
+    return {"paper": printed, "counted": Number(value, digits), "difference": difference, "verdict": verdict}
 
 
 def explained(explanation: Row) -> Verdict:

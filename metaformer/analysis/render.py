@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from metaformer.analysis.cells import NOTHING, Counted, Pair, Row, Table, Verdict
+from metaformer.analysis.cells import NOTHING, Pair, Row, Table, Verdict
 from metaformer.analysis.paper import ROOT
 from metaformer.errors import InputError
 
@@ -68,7 +68,7 @@ def frame(rows: list[Row], of_verdict: Callable[[Verdict], str], separate: bool 
 
 def parts(heading: str, cell: Any, separate: bool) -> Iterator[tuple[str, Any]]:
     """Headings and values of the columns that a cell fills."""
-    if isinstance(cell, Counted) or (isinstance(cell, Pair) and separate):
+    if isinstance(cell, Pair) and separate:
         yield from ((f"{heading} ({part})", value) for part, value in cell._asdict().items())
     else:
         yield f"{heading} (paper / here)" if isinstance(cell, Pair) else heading, cell

@@ -39,7 +39,12 @@ def cells(columns: dict[str, str], table: str, row: Row, measured: Measured) -> 
         printed = pair.paper and pair.paper._replace(unit="".join(options))
         return {"accuracy": pair, "printed": printed, "here": pair.here}[kind]
 
-    return {heading: cell(*column.split()) for heading, column in columns.items()}
+    found = {}
+    for heading, column in columns.items():
+        value = cell(*column.split())
+        parts = {f"{heading} ({part})": of for part, of in value.items()} if isinstance(value, dict) else {}
+        found |= parts or {heading: value}
+    return found
 
 
 def accuracy(table: str, row: Row, column: str, measured: Measured) -> Pair:
