@@ -432,13 +432,13 @@ def test_rank_correlation(monkeypatch):
 def test_the_papers_own_figures_agree_with_its_conclusions():
     top1 = {row["row"]: row["top1"] for row in rows_of("table5")}
     top1 |= {"chance": 0.1, "point": 1.0}
-    for statement in statements()["conclusions"]:
+    for statement in statements()["the paper"]:
         for weights in statement["tests"]:
             assert sum(weight * top1[name] for name, weight in weights.items()) > 0, statement["text"]
 
 
 def test_statements_name_rows():
-    for statement in [*statements()["conclusions"], *statements()["questions"]]:
+    for statement in [*statements()["the paper"], *statements()["users"]]:
         for weights in statement["tests"]:
             assert weights.keys() <= {*ablate.ROWS, "chance", "point"}
 

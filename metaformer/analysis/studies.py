@@ -84,11 +84,7 @@ def cost_of(name: str, results: Results) -> str:
 def judged(measured: Measured) -> Iterator[Row]:
     """A row for each statement about each study."""
     for name, results in measured.studies.items():
-        listed = [
-            (of, each)
-            for of, kind in (("the paper", "conclusions"), ("users", "questions"))
-            for each in statements()[kind]
-        ]
+        listed = [(of, statement) for of, group in statements().items() for statement in group]
         plain = [results.judge(statement["tests"]) for _, statement in listed]
         for (of, statement), judgement, corrected in zip(listed, plain, holm(plain), strict=True):
             yield {

@@ -180,4 +180,5 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
 
 @cache
 def statements() -> dict[str, list[dict[str, Any]]]:
+    """The statements by who makes or asks them."""
     return yaml.safe_load(STATEMENTS.read_text(encoding="utf-8"))
