@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +232,11 @@ FIGURES: dict[str, Callable[[], Figure | None]] = {
 }
 
 
-def save(figure: Figure, stem: str, out: Path) -> list[Path]:
+def save(figure: Figure, stem: str, out: Path) -> Iterator[Path]:
     """Write a figure as PNG and SVG."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = {"png": {"Software": None}, "svg": {"Date": None}}
-    for kind, metadata in paths.items():
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         path = out / f"{stem}.{kind}"
         with writing(path):
             figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
-    return [out / f"{stem}.{kind}" for kind in paths]
+        yield path
