@@ -17,11 +17,6 @@ from metaformer.training.distributed import join
 from metaformer.training.loader import loader_processes, train_loader
 from metaformer.training.model import build_model, with_input_of
 
-INPUT_SETTINGS = {
-    *("img_size", "scale", "ratio", "hflip", "vflip", "train_interpolation", "auto_augment", "color_jitter", "seed"),
-    *("mean", "std"),  # RandAugment fills with the mean
-}
-
 
 def measure(config: Config, workers: int, images: int, rounds: int) -> dict[str, Any]:
     """Measure the loader and return a record (:class:`metaformer.records.Loading`) without its provenance.
@@ -53,7 +48,7 @@ def measure(config: Config, workers: int, images: int, rounds: int) -> dict[str,
     return {
         "kind": "loader",
         "data": {"data_dir": config.data_dir, "classes": num_classes, "images": len(dataset), **means},
-        "settings": config.model_dump(mode="json", include=INPUT_SETTINGS),
+        "settings": config.model_dump(mode="json"),
         "workers": workers,
         "images": len(indices),
         "batch": batches.device_batch,
