@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from metaformer.mixers import Pooling
@@ -75,6 +76,7 @@ class MetaFormerBlock(nn.Module):
         has_mlp, has_scale = mlp_ratio is not None, layer_scale_init is not None
         layer_scale_init = float(layer_scale_init) if has_scale else None
         self.residual = residual
+        self.recompute = False  # whether the backward pass computes activations again, see set_grad_checkpointing
         self.norm1 = norm_layer(dim)
         self.token_mixer = token_mixer(dim)
         self.layer_scale1 = nn.Parameter(torch.full((dim,), layer_scale_init)) if has_scale else None
@@ -84,6 +86,11 @@ class MetaFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and not torch.jit.is_scripting():
+            return checkpoint(self.plain, x)
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
         x = self.add(x, self.token_mixer(self.norm1(x)), self.layer_scale1)
         if self.mlp is not None:
             x = self.add(x, self.mlp(self.norm2(x)), self.layer_scale2)

@@ -26,7 +26,6 @@ from functools import partial, wraps
 
 import torch
 from timm.layers import DropPath
-from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
@@ -46,15 +45,12 @@ kept for the backward pass as well, because computing it again takes longer than
 class FusedBlock(MetaFormerBlock):
     """A :class:`MetaFormerBlock` that computes its fused form where :func:`applies` allows it, else its plain form."""
 
-    recompute = False
-    """Whether the backward pass recomputes the MLP's pre-activation or, in the plain form, the whole block."""
-
     # TorchScript compiles the source of the wrapped function, the plain form.
     @wraps(MetaFormerBlock.forward)
     def forward(self, x: Tensor) -> Tensor:
         if applies(self, x) and not few_positions(x):
             return self.fused(x)
-        return checkpoint(super().forward, x) if self.recompute else super().forward(x)
+        return super().forward(x)
 
     def fused(self, x: Tensor) -> Tensor:
         norm1, norm2, mlp = self.norm1, self.norm2, self.mlp

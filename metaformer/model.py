@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 import torch.fx
 from timm.layers import to_2tuple
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -32,15 +31,9 @@ class MetaFormerStage(nn.Module):
         self.downsample = downsample
         self.position = position
         self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.position(self.downsample(x))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            for block in self.blocks:
-                x = block(x) if isinstance(block, FusedBlock) else checkpoint(block, x)
-            return x
-        return self.blocks(x)
+        return self.blocks(self.position(self.downsample(x)))
 
 
 class MetaFormer(nn.Module):
@@ -151,10 +144,8 @@ class MetaFormer(nn.Module):
         product.
         """
         for stage in self.stages:
-            stage.grad_checkpointing = enable
             for block in stage.blocks:
-                if isinstance(block, FusedBlock):
-                    block.recompute = enable
+                block.recompute = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
