@@ -325,9 +325,8 @@ def test_download_is_cached_and_a_dead_address_named(tmp_path, official, monkeyp
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     fetched = []
     monkeypatch.setattr(
-        torch.hub,
-        "download_url_to_file",
-        lambda url, path, progress: fetched.append(url) or Path(path).write_bytes(official[0].read_bytes()),
+        "timm.models._hub.download_url_to_file",
+        lambda url, path, *_, **__: fetched.append(url) or Path(path).write_bytes(official[0].read_bytes()),
     )
     for _ in range(2):
         checkpoint = CheckpointLoader.load_checkpoint("https://example.org/poolformer_s12.pth.tar")

@@ -7,12 +7,11 @@ import sys
 import zipfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models._hub import download_cached_file
 
 from metaformer.errors import InputError
 
@@ -31,12 +30,6 @@ PLAIN_DATA = [
     *((make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
 """Classes and functions that a checkpoint may contain besides those that ``torch.load(weights_only=True)`` allows."""
-
-NOT_A_CHECKPOINT = (
-    *(SafetensorError, RuntimeError, EOFError, ValueError, OSError),
-    *(LookupError, TypeError, AttributeError, AssertionError),  # of unpickling text
-)
-"""What reading another file than a checkpoint raises."""
 
 
 class History:
@@ -83,11 +76,11 @@ def read_checkpoint(source: str | Path) -> dict:
         InputError: the file is missing, damaged, not a checkpoint, or contains more than tensors and plain data.
     """
     path = locate(source)
+    if path.suffix != ".safetensors" and not intact(path):
+        raise damaged(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if not intact(path):
-            raise damaged(path)
         there = torch.serialization.get_safe_globals()  # safe_globals would take these away when it ends
         allowed = [each for each in PLAIN_DATA + history_of_mmengine() if each not in there]
         with torch.serialization.safe_globals(allowed):
@@ -99,9 +92,7 @@ def read_checkpoint(source: str | Path) -> dict:
                 "ask its author for a file of weights only"
             ) from error
         raise damaged(path) from error
-    except InputError:
-        raise
-    except NOT_A_CHECKPOINT as error:
+    except Exception as error:  # a file that is not a checkpoint makes the unpickler fail in any way
         raise damaged(path) from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
@@ -129,15 +120,10 @@ def fetch(url: str) -> Path:
     Raises:
         InputError: the file cannot be fetched, is damaged or is not a checkpoint. It is then removed from the cache.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
-        except OSError as error:
-            raise InputError(
-                f"cannot fetch {url} ({error}): fetch it elsewhere and name the file as checkpoint"
-            ) from error
+    try:
+        path = Path(download_cached_file(url, progress=os.isatty(2)))
+    except (OSError, RuntimeError) as error:  # RuntimeError: not the file that the hash in its name is of
+        raise InputError(f"cannot fetch {url} ({error}): fetch it elsewhere and name the file as checkpoint") from error
     try:
         read_checkpoint(path)
     except InputError:
