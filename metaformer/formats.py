@@ -134,6 +134,12 @@ def recognised(state_dict: StateDict) -> str | None:
     return next((kind for kind, mark in MARKS.items() if any(re.match(mark, str(name)) for name in state_dict)), None)
 
 
+def to_ours(state_dict: StateDict) -> StateDict:
+    """From any format to our names; without a change if the format is unknown."""
+    kind = recognised(state_dict)
+    return FROM[kind](state_dict) if kind else state_dict
+
+
 def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
     """Rename the tensors of a state dict, whose format is recognised, to those of another library.
 

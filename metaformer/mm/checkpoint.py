@@ -5,22 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import barrier, is_main_process
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from metaformer.errors import InputError
-from metaformer.formats import FROM, StateDict, recognised
+from metaformer.formats import StateDict, to_ours
 from metaformer.weights import differences, fetch, listed, read_checkpoint
 
 
 def load_from_path_or_url(source: str, map_location: Any = None) -> dict:
     """Read a checkpoint from a path, or an http(s) address, which is downloaded once. Nothing in it is executed.
 
-    The tensors are on the CPU whatever ``map_location`` says, since loading them into a model copies them. Sources with
-    another scheme that mmengine knows are left to it.
+    The tensors are on the CPU whatever ``map_location`` says, since loading them into a model copies them.
 
     Raises:
-        InputError: the scheme is unknown, or the file is missing, damaged, or holds more than tensors and plain data.
+        InputError: the source has another scheme, or the file is missing, damaged, or holds more than tensors and plain
+            data.
     """
     if source.startswith(("http://", "https://")):
         if is_main_process():
@@ -28,9 +27,7 @@ def load_from_path_or_url(source: str, map_location: Any = None) -> dict:
         barrier()
         path = fetch(source)  # downloads it again only on machines that do not share the cache
     elif "://" in source:
-        if CheckpointLoader._get_checkpoint_loader(source) is CheckpointLoader._schemes[""]:
-            raise InputError(f"{source} has an unknown scheme: give a path or an http(s) address")
-        return CheckpointLoader.load_checkpoint(source, map_location="cpu")
+        raise InputError(f"{source} has an unknown scheme: give a path or an http(s) address")
     else:
         path = Path(source).expanduser()
     checkpoint = read_checkpoint(path)
@@ -44,7 +41,7 @@ def from_official_pyramid(weights: StateDict) -> StateDict:
     """Rename the tensors of a backbone in any known format; ``norm{0,2,4,6}`` are the levels of the official code."""
     return {
         re.sub(r"^norm([0246])\.", lambda match: f"out_norms.{int(match[1]) // 2}.", name): tensor
-        for name, tensor in FROM[recognised(weights) or "ours"](weights).items()
+        for name, tensor in to_ours(weights).items()
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metaformer.errors import InputError
-from metaformer.formats import FROM, StateDict, recognised
+from metaformer.formats import StateDict, recognised, to_ours
 from metaformer.model import MetaFormer
 from metaformer.weights.files import read_checkpoint
 
@@ -27,8 +27,7 @@ def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
 
 def named_for(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The state dict under the names of ``model``: for a MetaFormer from any known format, for others as it is."""
-    kind = recognised(state_dict) if isinstance(model, MetaFormer) else None
-    return state_dict if kind is None else FROM[kind](state_dict)
+    return to_ours(state_dict) if isinstance(model, MetaFormer) else state_dict
 
 
 def load_weights(model: nn.Module, source: str | Path, *, ema: bool = True, replace_head: bool = False) -> str | None:

@@ -10,11 +10,11 @@ from torch import nn
 
 from metaformer import variants
 from metaformer.errors import InputError, MachineError, nearest
-from metaformer.formats import FROM, StateDict, recognised
+from metaformer.formats import StateDict, recognised, to_ours
 from metaformer.model import MetaFormer
 from metaformer.weights.described import Settings, architecture, described
 from metaformer.weights.files import locate, read_checkpoint
-from metaformer.weights.loading import classifiers, load_state, named_for, weights_of
+from metaformer.weights.loading import classifiers, load_state, weights_of
 
 
 class Opened(NamedTuple):
@@ -108,15 +108,15 @@ def with_settings(source: str | Path, model: str | None, found: Settings) -> Ope
 
 def build(name: str, weights: StateDict, found: Settings, path: Path) -> nn.Module:
     arguments = arguments_of(name, found)
-    kind = recognised(weights)
-    if kind and architecture(name) in variants.VARIANTS and "stem.weight" in (named := FROM[kind](weights)):
-        arguments.setdefault("in_chans", named["stem.weight"].shape[1])
+    if architecture(name) in variants.VARIANTS:
+        weights = to_ours(weights)
+        if "stem.weight" in weights:
+            arguments.setdefault("in_chans", weights["stem.weight"].shape[1])
     num_classes = found.get("num_classes") or len(found.get("class_names") or ())
     model = create(name, num_classes or None, arguments)
     if not num_classes:
         heads = tuple(f"{head}." for head in classifiers(model))
-        named = named_for(weights, model)
-        classes = [len(tensor) for key, tensor in named.items() if str(key).startswith(heads) and tensor.ndim > 1]
+        classes = [len(tensor) for key, tensor in weights.items() if str(key).startswith(heads) and tensor.ndim > 1]
         if not classes:
             raise InputError(f"{path} has no classifier: only whole models can be opened")
         model.reset_classifier(classes[0])
