@@ -17,7 +17,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.optim import PolyLR, _ParamScheduler
+from mmengine.optim import PolyLR
 from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import BaseLoop, Runner
@@ -61,10 +61,9 @@ class WholeCheckpoint(Hook):
         check_weights(model, weights, source, part="backbone.")
         problems = differences(model.state_dict(), weights)
         if any(problems.values()):
-            print_log(f"{source}: not loaded are {listed(problems)}", logger="current", level=logging.WARNING)
+            warn(f"{source}: not loaded are {listed(problems)}")
         elif other_classes:
-            message = f"{source}: the heads start from weights for other classes: {other_classes}"
-            print_log(message, logger="current", level=logging.WARNING)
+            warn(f"{source}: the heads start from weights for other classes: {other_classes}")
 
 
 @HOOKS.register_module()
@@ -146,26 +145,20 @@ def check_schedule(runner: Runner) -> None:
         InputError: the last of them is a ``PolyLR`` that ends before the training at a learning rate of 0.
     """
     schedulers = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
-    loop = runner.train_loop
-
-    def length(scheduler: _ParamScheduler) -> int:
-        return loop.max_epochs if scheduler.by_epoch else loop.max_iters
-
-    def ends(scheduler: _ParamScheduler) -> str:
-        unit = "epochs" if scheduler.by_epoch else "iterations"
-        name = type(scheduler).__name__
-        return f"{name} of param_scheduler ends after {scheduler.end} {unit}, training after {length(scheduler)}"
-
+    loop, ends = runner.train_loop, []
     for scheduler in schedulers:
-        if length(scheduler) < scheduler.end < INF:
-            print_log(f"{ends(scheduler)}: set its end", logger="current", level=logging.WARNING)
-    shares = [scheduler.end / length(scheduler) for scheduler in schedulers]
-    last = [scheduler for scheduler, share in zip(schedulers, shares, strict=True) if share == max(shares) < 1]
-    for scheduler in last:
-        if isinstance(scheduler, PolyLR) and scheduler.eta_min == 0:
-            raise InputError(f"{ends(scheduler)}, and the learning rate is 0 in between: set its end")
-        message = f"{ends(scheduler)}, and the learning rate is constant in between: set its end if it should not be"
-        print_log(message, logger="current", level=logging.WARNING)
+        length, unit = (loop.max_epochs, "epochs") if scheduler.by_epoch else (loop.max_iters, "iterations")
+        name = f"{type(scheduler).__name__} of param_scheduler"
+        says = f"{name} ends after {scheduler.end} {unit}, training after {length}"
+        ends.append((scheduler.end / length, says, scheduler))
+        if length < scheduler.end < INF:
+            warn(f"{says}: set its end")
+    last = max((share for share, _, _ in ends), default=1)
+    for share, says, scheduler in ends:
+        if share == last < 1:
+            if isinstance(scheduler, PolyLR) and scheduler.eta_min == 0:
+                raise InputError(f"{says}, and the learning rate is 0 in between: set its end")
+            warn(f"{says}, and the learning rate is constant in between: set its end if it should not be")
 
 
 def check_evaluator(config: Config, split: str) -> None:
@@ -254,6 +247,10 @@ def mim_command(process: Path = Path("/proc/self")) -> str | None:
         parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
         process = process.with_name(parent)
     return None
+
+
+def warn(message: str) -> None:
+    print_log(message, logger="current", level=logging.WARNING)
 
 
 def bare(model: nn.Module) -> nn.Module:
