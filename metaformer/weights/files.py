@@ -76,42 +76,37 @@ def read_checkpoint(source: str | Path) -> dict:
         InputError: the file is missing, damaged, not a checkpoint, or contains more than tensors and plain data.
     """
     path = locate(source)
-    if path.suffix != ".safetensors" and not intact(path):
-        raise damaged(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        verify_checksums(path)
         there = torch.serialization.get_safe_globals()  # safe_globals would take these away when it ends
         allowed = [each for each in PLAIN_DATA + history_of_mmengine() if each not in there]
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):  # the file names a class or function that is not plain data
-            raise InputError(
-                f"{path} holds more than tensors and plain data, and reading it could run code: "
-                "ask its author for a file of weights only"
-            ) from error
-        raise damaged(path) from error
     except Exception as error:  # a file that is not a checkpoint makes the unpickler fail in any way
-        raise damaged(path) from error
+        says = "is not a checkpoint or is damaged: get or save it again"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # a class or function
+            says = (
+                "holds more than tensors and plain data, and reading it could run code: ask its author for a file of "
+                "weights only"
+            )
+        raise InputError(f"{path} {says}") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
     return checkpoint
 
 
-def intact(path: Path) -> bool:
-    """Verify the checksums in a file of ``torch.save``, which ``torch.load`` ignores.
+def verify_checksums(path: Path) -> None:
+    """Raise ``BadZipFile`` for a damaged file of ``torch.save``; ``torch.load`` ignores its checksums.
 
     The format of PyTorch before 1.6 has no checksums, and such files pass.
     """
-    if not zipfile.is_zipfile(path):
-        return True
-    try:
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             stored = all(record.compress_type == zipfile.ZIP_STORED for record in file.infolist())
-            return stored and file.testzip() is None
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError):
-        return False
+            if not stored or file.testzip():
+                raise zipfile.BadZipFile(path)
 
 
 def fetch(url: str) -> Path:
@@ -130,7 +125,3 @@ def fetch(url: str) -> Path:
         path.unlink(missing_ok=True)
         raise
     return path
-
-
-def damaged(path: Path) -> InputError:
-    return InputError(f"{path} is not a checkpoint or is damaged: get or save it again")
