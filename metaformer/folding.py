@@ -15,7 +15,7 @@ class FoldedBlock(nn.Module):
     """A block of pooling and MLP (see :mod:`metaformer.fused`) for inference, without the affine part of its norms.
 
     Args:
-        block: one for which :func:`metaformer.fused.fusable` holds.
+        block: one for which :func:`metaformer.fused.fusable` holds; its second convolution shares its memory.
     """
 
     def __init__(self, block: MetaFormerBlock):
@@ -30,10 +30,10 @@ class FoldedBlock(nn.Module):
 
         self.pool_size = block.token_mixer.pool.kernel_size
         self.eps = (block.norm1.eps, norm.eps)
-        self.mix = constant((like * scale1)[:, None, None])
-        self.w1, self.b1 = constant(w1), constant(b1)
-        self.w2, self.b2 = constant(mlp.fc2.weight.flatten(1)), constant(mlp.fc2.bias)
-        self.scale = constant(scale2[:, None, None])
+        self.mix = nn.Parameter((like * scale1)[:, None, None])
+        self.w1, self.b1 = nn.Parameter(w1), nn.Parameter(b1)
+        self.w2, self.b2 = nn.Parameter(mlp.fc2.weight.flatten(1)), nn.Parameter(mlp.fc2.bias)
+        self.scale = nn.Parameter(scale2[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
@@ -59,10 +59,6 @@ class FoldedBlock(nn.Module):
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def constant(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
-
-
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference with folded blocks: the same function, other names in the state dict.
 
@@ -76,7 +72,7 @@ def fuse(model: nn.Module) -> nn.Module:
         InputError: no block can be folded, or the model cannot be copied.
     """
     try:
-        model = deepcopy(model).eval()
+        holder = nn.Sequential(deepcopy(model))  # a block alone has a name in it too
     except RuntimeError as error:
         if "deepcopy protocol" not in str(error):
             raise
@@ -84,18 +80,15 @@ def fuse(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied: make pruning or weight norm permanent first, with "
             "torch.nn.utils.prune.remove or remove_weight_norm"
         ) from error
-    blocks = [(name, module) for name, module in model.named_modules() if foldable(module)]
+    blocks = [(name, module) for name, module in holder.named_modules() if foldable(module)]
     if not blocks:
         raise InputError(
             f"{type(model).__name__} has no block of pooling and a GELU MLP behind MLN, without hooks: there is "
             "nothing to fold"
         )
     for name, block in blocks:
-        if name:
-            model.set_submodule(name, FoldedBlock(block))
-        else:  # the model is a block itself
-            model = FoldedBlock(block).eval()
-    return model.requires_grad_(False)
+        holder.set_submodule(name, FoldedBlock(block))
+    return holder[0].eval().requires_grad_(False)
 
 
 def foldable(module: nn.Module) -> bool:
