@@ -74,15 +74,14 @@ class MetaFormerBlock(nn.Module):
     ):
         super().__init__()
         has_mlp, has_scale = mlp_ratio is not None, layer_scale_init is not None
-        layer_scale_init = float(layer_scale_init) if has_scale else None
         self.residual = residual
         self.recompute = False  # whether the backward pass computes activations again, see set_grad_checkpointing
         self.norm1 = norm_layer(dim)
         self.token_mixer = token_mixer(dim)
-        self.layer_scale1 = nn.Parameter(torch.full((dim,), layer_scale_init)) if has_scale else None
+        self.layer_scale1 = nn.Parameter(layer_scale_init * torch.ones(dim)) if has_scale else None
         self.norm2 = norm_layer(dim) if has_mlp else None
         self.mlp = ChannelMlp(dim, act_layer, mlp_ratio) if has_mlp else None
-        self.layer_scale2 = nn.Parameter(torch.full((dim,), layer_scale_init)) if has_mlp and has_scale else None
+        self.layer_scale2 = nn.Parameter(layer_scale_init * torch.ones(dim)) if has_mlp and has_scale else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.fx
@@ -19,8 +19,6 @@ from metaformer.block import MLN, Layer, MetaFormerBlock, init_linear
 from metaformer.errors import InputError
 from metaformer.fused import FusedBlock
 from metaformer.mixers import Pooling, PositionEmbedding, Size
-
-T = TypeVar("T")
 
 
 class MetaFormerStage(nn.Module):
@@ -256,7 +254,8 @@ def takes_map_size(token_mixer: Layer) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
-def per_stage(name: str, value: T | Sequence[T], stages: int) -> list[T]:
+def per_stage(name: str, value: Any, stages: int) -> list[Any]:
+    """One value for each stage, from such a sequence or from a single value for all."""
     values = list(value) if isinstance(value, Sequence) else [value] * stages
     if len(values) != stages:
         raise InputError(f"{name} has {len(values)} entries: give one, or one for each of the {stages} stages")
