@@ -155,10 +155,20 @@ def parts(names: set[str]) -> str:
     return ", ".join(sorted({re.match(r"(stages|out_norms)\.\d+|\w+", name)[0] for name in names})) or "none"
 
 
-def weights_for(model: nn.Module, checkpoint: dict) -> StateDict:
-    """The weights in a checkpoint of a detector or segmentor, also an official one, under the names of ``model``."""
+def checked_weights(model: nn.Module, checkpoint: dict, source: str, part: str = "") -> StateDict:
+    """The weights in a checkpoint of a detector or segmentor, also an official one, under the names of ``model``.
+
+    Tensors whose name starts with ``part`` must be those of the model. mmengine loads what fits and ignores the rest.
+
+    Raises:
+        InputError: such a tensor is missing, unexpected or has another shape; the message names ``source``.
+    """
     weights = copy(weights_of(checkpoint, ema=False))  # with the versions of the modules, which dict() would drop
     for name, module in model.named_modules():
         if isinstance(module, MetaFormerBackbone):
             rename_official(module, weights, f"{name}.")
+    own, given = ({n: t for n, t in each.items() if n.startswith(part)} for each in (model.state_dict(), weights))
+    problems = differences(own, given)
+    if any(problems.values()):
+        raise InputError(f"{source} holds another model than the config builds: {listed(problems)}")
     return weights

@@ -1,4 +1,4 @@
-"""Checkpoints of mmdet, mmseg and the official code: read them safely and compare them with a model."""
+"""Checkpoints of mmdet, mmseg and the official code: read them safely and rename their tensors."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import nn
 
 from metaformer.errors import InputError
 from metaformer.formats import StateDict, to_ours
-from metaformer.weights import differences, fetch, listed, read_checkpoint
+from metaformer.weights import fetch, read_checkpoint
 
 
 def load_from_path_or_url(source: str, map_location: Any = None) -> dict:
@@ -50,16 +50,3 @@ def rename_official(module: nn.Module, state_dict: StateDict, prefix: str, *_: A
     theirs = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
     ours = from_official_pyramid({name.removeprefix(prefix): tensor for name, tensor in theirs.items()})
     state_dict.update({prefix + name: tensor for name, tensor in ours.items()})
-
-
-def check_weights(model: nn.Module, weights: StateDict, source: str, part: str = "") -> None:
-    """Compare the tensors whose name starts with ``part``. mmengine loads what fits and ignores all other tensors.
-
-    Raises:
-        InputError: a tensor is missing, unexpected or has another shape.
-    """
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(part)}
-    given = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
-    problems = differences(own, given)
-    if any(problems.values()):
-        raise InputError(f"{source} holds another model than the config builds: {listed(problems)}")

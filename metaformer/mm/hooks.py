@@ -25,8 +25,7 @@ from mmengine.utils import to_2tuple
 from torch import nn
 
 from metaformer.errors import InputError
-from metaformer.mm.backbone import weights_for
-from metaformer.mm.checkpoint import check_weights
+from metaformer.mm.backbone import checked_weights
 from metaformer.provenance import provenance, sha256, write_json
 from metaformer.weights import differences, listed
 
@@ -47,18 +46,16 @@ class WholeCheckpoint(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = bare(runner.model)
-        weights = checkpoint["state_dict"] = weights_for(model, checkpoint)
         source = str(runner._load_from or runner.work_dir)
         in_training = isinstance(runner._train_loop, BaseLoop)
+        fine_tuning = in_training and not runner._resume
+        weights = checked_weights(model, checkpoint, source, part="backbone." if fine_tuning else "")
+        checkpoint["state_dict"] = weights
         loader = runner.train_dataloader if in_training else runner.test_dataloader
         classes = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
         other_classes = different_classes(loader.dataset.metainfo["classes"], classes) if classes else None
-        if not in_training or runner._resume:
-            check_weights(model, weights, source)
-            if other_classes:
-                raise InputError(f"{source} was trained on other classes than the config has: {other_classes}")
-            return
-        check_weights(model, weights, source, part="backbone.")
+        if other_classes and not fine_tuning:
+            raise InputError(f"{source} was trained on other classes than the config has: {other_classes}")
         problems = differences(model.state_dict(), weights)
         if any(problems.values()):
             warn(f"{source}: not loaded are {listed(problems)}")

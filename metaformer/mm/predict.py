@@ -13,8 +13,8 @@ from mmengine.registry import DATASETS, VISUALIZERS
 from torch import nn
 
 from metaformer.errors import InputError, check_known
-from metaformer.mm.backbone import weights_for
-from metaformer.mm.checkpoint import check_weights, load_from_path_or_url
+from metaformer.mm.backbone import checked_weights
+from metaformer.mm.checkpoint import load_from_path_or_url
 from metaformer.mm.config import build_model, read_config
 
 
@@ -32,9 +32,7 @@ def load_model(config: str, checkpoint: str, device: str, toolboxes: Collection[
         raise InputError(f"{config} has no {' and no '.join(missing)}: use the config that the model was trained with")
     model = revert_sync_batchnorm(build_model(settings))
     loaded = load_from_path_or_url(checkpoint)
-    weights = weights_for(model, loaded)
-    check_weights(model, weights, checkpoint)
-    model.load_state_dict(weights)
+    model.load_state_dict(checked_weights(model, loaded, checkpoint))
     model.dataset_meta = {
         **DATASETS.build({**settings.test_dataloader.dataset, "lazy_init": True}).metainfo,
         **loaded.get("meta", {}).get("dataset_meta", {}),
