@@ -70,28 +70,25 @@ def renamed(rows: Rows, state_dict: StateDict, back: bool = False) -> StateDict:
 def official(state_dict: StateDict, back: bool = False) -> StateDict:
     """To the names of the official code, which numbers the downsampling, position embedding and blocks of all stages in
     one sequence, or ``back``."""
-    if back:
-        found = {
-            int(m[1]): m[2]
-            for name in state_dict
-            if (m := re.match(r"network\.(\d{1,3})\.(proj|pos_embed|\d)", str(name)))
-        }
-        parts = {"proj": "downsample", "pos_embed": "position"}
-        rows, stage = [], 0
-        for place, kind in sorted(found.items()):
-            stage += kind == "proj"
-            rows.append((place, stage, parts.get(kind, "blocks")))
-    else:
-        order = ("downsample", "position", "blocks")
-        pattern = rf"stages\.(\d{{1,3}})\.({'|'.join(order)})\."
-        found = {(int(m[1]), order.index(m[2])) for name in state_dict if (m := re.match(pattern, str(name)))}
-        rows = [(place, stage, order[part]) for place, (stage, part) in enumerate(sorted(found))]
-    names: Rows = [("stem.", "patch_embed.proj.")]
-    for place, stage, part in rows:
-        ours, theirs = f"stages.{stage}.{part}.", f"network.{place}."
-        names.append((ours + "{j}.layer_scale{k}", theirs + "{j}.layer_scale_{k}"))
-        names.append((ours, theirs + "proj." if part == "downsample" else theirs))
-    return renamed(names, state_dict, back)
+    names = list(map(str, state_dict))
+    positions = numbers(r"network\.(\d{1,3})\.pos_embed" if back else r"stages\.(\d{1,3})\.position\.", names)
+    if back:  # from places in the sequence to stages
+        positions = [(place - before) // 2 for before, place in enumerate(positions)]
+    rows: Rows = [("stem.", "patch_embed.proj.")]
+    for stage in range(max(numbers(r"(?:stages|network)\.(\d{1,3})\.", names), default=0) + 1):
+        place = 2 * stage + sum(position < stage for position in positions)
+        rows.append((f"stages.{stage}.downsample.", f"network.{place - 1}.proj."))
+        if stage in positions:
+            rows.append((f"stages.{stage}.position.", f"network.{place}."))
+            place += 1
+        rows.append((f"stages.{stage}.blocks.{{j}}.layer_scale{{k}}", f"network.{place}.{{j}}.layer_scale_{{k}}"))
+        rows.append((f"stages.{stage}.blocks.", f"network.{place}."))
+    return renamed(rows, state_dict, back)
+
+
+def numbers(pattern: str, names: list[str]) -> list[int]:
+    """The numbers in names that begin with ``pattern``, in order, each once."""
+    return sorted({int(match[1]) for match in map(re.compile(pattern).match, names) if match})
 
 
 def mmpretrain(state_dict: StateDict, back: bool = False) -> StateDict:
