@@ -4,6 +4,7 @@ Shapes: B images, C channels, H x W positions; every feature map is (B, C, H, W)
 """
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -21,21 +22,10 @@ from metaformer.fused import FusedBlock
 from metaformer.mixers import Pooling, PositionEmbedding, Size
 
 
-class MetaFormerStage(nn.Module):
-    """A downsampling convolution (none in the first stage), a position embedding (optional), then the blocks."""
-
-    def __init__(self, downsample: nn.Module, position: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.downsample = downsample
-        self.position = position
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.position(self.downsample(x)))
-
-
 class MetaFormer(nn.Module):
     """The backbone of Table 1 with a classification head: stem, stages, then norm, global average, linear.
+
+    A stage is a downsampling convolution (none in the first one), a position embedding (optional), then the blocks.
 
     Images may have any size from 32 x 32 pixels upwards, unless a token mixer or a position embedding fixes the number
     of tokens; then images must have ``img_size``.
@@ -125,7 +115,8 @@ class MetaFormer(nn.Module):
             )
             blocks = [make_block(drop_path=rate) for rate in islice(drop_path_rates, depths[i])]
             position = PositionEmbedding(dim, size) if pos_embeds[i] else nn.Identity()
-            self.stages.append(MetaFormerStage(downsample, position, blocks))
+            parts = {"downsample": downsample, "position": position, "blocks": nn.Sequential(*blocks)}
+            self.stages.append(nn.Sequential(OrderedDict(parts)))
         self.norm = norm_layers[-1](dims[-1])
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
