@@ -32,7 +32,7 @@ from metaformer.formats import TO, recognised
 from metaformer.prediction import predict
 from metaformer.training.config import Config
 from metaformer.training.model import released_weights
-from metaformer.weights import fetch, read_checkpoint
+from metaformer.weights import read_checkpoint
 from metaformer.weights.described import of_timm_train
 from metaformer.weights.opener import create
 from metaformer.weights.writers import write
@@ -174,19 +174,6 @@ def test_a_damaged_download_is_refused_and_fetched_again(tmp_path, monkeypatch):
         timm.create_model("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-def test_a_download_is_compared_with_the_hash_in_its_name(tmp_path, monkeypatch):
-    """As OpenMMLab and PyTorch name their files."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
-    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
-    right, wrong = (tmp_path / f"weights-{start}.pth" for start in (digest[:8], "0" * 8))
-    for path in (right, wrong):
-        path.write_bytes((tmp_path / "weights.pth").read_bytes())
-    assert torch.equal(read_checkpoint(fetch(right.as_uri()))["weight"], torch.zeros(1))
-    with pytest.raises(InputError, match=r"cannot fetch file://.*invalid hash value"):
-        fetch(wrong.as_uri())
-
-
 def test_a_run_records_the_released_file(run, tmp_path, monkeypatch):
     model = timm.create_model("poolformer_s12")
     file = tmp_path / "poolformer_s12.pth.tar"
@@ -264,7 +251,7 @@ def test_reading_leaves_torch_and_mmengine_as_they_are(tmp_path):
     torch.save({"history": history(), "args": argparse.Namespace(model="x")}, tmp_path / "mmengine.pth")
     save_run(tmp_path / "run")
     code = f"""import argparse, sys, torch, metaformer
-from metaformer.weights import fetch, read_checkpoint
+from metaformer.weights import read_checkpoint
 metaformer.open_checkpoint({str(tmp_path / "run")!r})
 heavy = {{"mmengine", "pydantic", "matplotlib", "pandas", "transformers", "fvcore", "cv2"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()

@@ -144,11 +144,9 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         return name.startswith(("head.", "norm.", "out_norms.")) or bool(stage and int(stage[1]) >= len(self.stages))
 
 
-ARGUMENTS = [
-    name
-    for name in {**signature(MetaFormerBackbone).parameters, **signature(MetaFormer).parameters}
-    if name not in ("arguments", "num_classes")
-]
+ARGUMENTS = sorted(
+    {*signature(MetaFormerBackbone).parameters, *signature(MetaFormer).parameters} - {"arguments", "num_classes"}
+)
 
 
 def parts(names: set[str]) -> str:

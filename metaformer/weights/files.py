@@ -116,8 +116,9 @@ def fetch(url: str) -> Path:
         InputError: the file cannot be fetched, is damaged or is not a checkpoint. It is then removed from the cache.
     """
     try:
-        path = Path(download_cached_file(url, progress=os.isatty(2)))
-    except (OSError, RuntimeError) as error:  # RuntimeError: not the file that the hash in its name is of
+        # Not every number in a name, as in epoch-12.pth, is a hash.
+        path = Path(download_cached_file(url, check_hash=False, progress=os.isatty(2)))
+    except OSError as error:
         raise InputError(f"cannot fetch {url} ({error}): fetch it elsewhere and name the file as checkpoint") from error
     try:
         read_checkpoint(path)
