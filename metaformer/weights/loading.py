@@ -68,14 +68,10 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
         )
     if in_head and not replace_head:
         classes = next((len(given[name]) for name in sorted(in_head & given.keys()) if given[name].ndim), None)
-        if classes is None:
-            raise InputError(
-                f"{source} holds a backbone without a classifier: use replace_head=true to start with a new one"
-            )
-        raise InputError(
-            f"{source} has a classifier of {classes} classes and the model one of {model.num_classes}: "
-            "use replace_head=true to start with a new classifier"
-        )
+        says = "holds a backbone without a classifier"
+        if classes is not None:
+            says = f"has a classifier of {classes} classes and the model one of {model.num_classes}"
+        raise InputError(f"{source} {says}: use replace_head=true to start with a new classifier")
     model.load_state_dict({name: (own if name in in_head else given)[name] for name in own})
 
 
