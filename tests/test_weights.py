@@ -34,7 +34,7 @@ from metaformer.training.config import Config
 from metaformer.training.model import released_weights
 from metaformer.weights import read_checkpoint
 from metaformer.weights.described import of_timm_train
-from metaformer.weights.opener import create
+from metaformer.weights.opener import build, create
 from metaformer.weights.writers import write
 from oracles import SMALL, hf_twin, randomise, relative_error, save_run, timm_twin
 
@@ -439,6 +439,10 @@ def test_classes_are_counted_at_the_model_s_own_classifier(tmp_path):
     assert opened.model.num_classes == 10
     save_file(timm.create_model("resnet18", num_classes=7).state_dict(), tmp_path / "resnet.safetensors")
     assert open_checkpoint(tmp_path / "resnet.safetensors", "resnet18").model.num_classes == 7
+    with torch.device("meta"):  # a classifier with a hidden layer, whose matrix comes first
+        shapes = timm.create_model("caformer_s18", num_classes=7).state_dict()
+    weights = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in shapes.items()}
+    assert build("caformer_s18", weights, {}, tmp_path).num_classes == 7
     save_file(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "resnet.safetensors")
     with pytest.raises(InputError, match="has no classifier: only whole models can be opened"):
         open_checkpoint(tmp_path / "resnet.safetensors", "resnet18")

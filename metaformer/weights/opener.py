@@ -116,7 +116,8 @@ def build(name: str, weights: StateDict, found: Settings, path: Path) -> nn.Modu
     model = create(name, num_classes or None, arguments)
     if not num_classes:
         heads = tuple(f"{head}." for head in classifiers(model))
-        classes = [len(tensor) for key, tensor in weights.items() if str(key).startswith(heads) and tensor.ndim > 1]
+        outputs = (key for key, tensor in model.state_dict().items() if tensor.shape[:1] == (model.num_classes,))
+        classes = [len(weights[key]) for key in outputs if key.startswith(heads) and key in weights]
         if not classes:
             raise InputError(f"{path} has no classifier: only whole models can be opened")
         model.reset_classifier(classes[0])
