@@ -16,7 +16,6 @@ from metaformer.mixers import Size
 from metaformer.model import MetaFormer
 from metaformer.provenance import write_file
 from metaformer.weights import Opened
-from metaformer.weights.opener import fixes_size
 
 FORMATS = ("onnx", "torch-export")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -62,7 +61,7 @@ def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
     if len(sides) > 2:
         raise InputError(f"--size has {len(sides)} numbers: give the side, or height and width")
     model, size = opened.model, (sides[0], sides[-1])
-    if fixes_size(model) and size != opened.size:
+    if getattr(model, "fixed_size", True) and size != opened.size:  # assumed of all models but MetaFormers
         why = "its layers fix the number of tokens" if isinstance(model, MetaFormer) else "it is not a MetaFormer"
         raise InputError(
             f"{opened.name} can be exported for its own {text(opened.size)} pixels only, because {why}: "
@@ -97,7 +96,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     # Overlapping patch embeddings have a second position as soon as the image reaches over the first one.
     two_positions = stride + 3 if overlap else 2 * stride
     smallest = stride if to == "onnx" else two_positions
-    varies = not fixes_size(backbone) and min(size) >= smallest
+    varies = not getattr(backbone, "fixed_size", True) and min(size) >= smallest
     dims = {0: Dim("batch")}
     if varies:
         dims |= {2: Dim("height", min=two_positions), 3: Dim("width", min=two_positions)}

@@ -95,6 +95,7 @@ class MetaFormer(nn.Module):
             {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.pool_before_norm = pool_before_norm
+        self.fixed_size = fixes_size(token_mixers, pos_embeds)  # whether images must have img_size
 
         self.stem = patch_embedding(in_chans, dims[0], 7 if overlap else stem_stride, stem_stride)
         self.stages = nn.Sequential()
@@ -243,6 +244,12 @@ def takes_map_size(token_mixer: Layer) -> bool:
     """Whether the constructor of a token mixer requires the size (H, W) of its maps."""
     parameter = inspect.signature(token_mixer).parameters.get("map_size")
     return parameter is not None and parameter.default is parameter.empty
+
+
+def fixes_size(token_mixers: Layer | Sequence[Layer] = Pooling, pos_embeds: Sequence[bool] = (), **_: Any) -> bool:
+    """Whether a model with these arguments takes images of one size only."""
+    mixers = token_mixers if isinstance(token_mixers, Sequence) else [token_mixers]
+    return any(pos_embeds) or any(map(takes_map_size, mixers))
 
 
 def per_stage(name: str, value: Any, stages: int) -> list[Any]:

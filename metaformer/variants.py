@@ -6,7 +6,7 @@ timm's own.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import nn
 from metaformer.block import ChannelLayerNorm
 from metaformer.errors import check_known
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
-from metaformer.model import MetaFormer, takes_map_size
+from metaformer.model import MetaFormer, fixes_size
 from metaformer.weights import fetch, named_for
 
 RELEASES = "https://github.com/sail-sg/poolformer/releases/download/v1.0"
@@ -120,12 +120,6 @@ LABELS["nodroppath"] = "drop path → none"
 """What the tables print for each row of :data:`ROWS`."""
 
 
-def fixes_input_size(token_mixers: Any = Pooling, pos_embeds: Sequence[bool] = (), **_: Any) -> bool:
-    """Whether a model with these arguments takes images of one size only."""
-    mixers = token_mixers if isinstance(token_mixers, Sequence) else [token_mixers]
-    return any(pos_embeds) or any(takes_map_size(mixer) for mixer in mixers)
-
-
 # The rest of the input is timm's default: 224 pixels, bicubic, ImageNet's mean and standard deviation.
 default_cfgs = generate_default_cfgs(
     {
@@ -135,7 +129,7 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": variant.crop_pct,
             "classifier": "head",
             "first_conv": "stem",
-            "fixed_input_size": fixes_input_size(**variant.arguments),
+            "fixed_input_size": fixes_size(**variant.arguments),
         }
         for name, variant in VARIANTS.items()
     }

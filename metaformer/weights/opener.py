@@ -149,10 +149,3 @@ def arguments_of(name: str, settings: Settings) -> dict[str, Any]:
     if architecture(name) in variants.VARIANTS:
         arguments["img_size"] = settings.get("img_size")  # for token mixers that fix the number of tokens
     return {**arguments, **(settings.get("model_args") or {})}
-
-
-def fixes_size(model: nn.Module) -> bool:
-    """Whether the model takes images of one size only. This is assumed of all models but MetaFormers."""
-    return not isinstance(model, MetaFormer) or any(
-        isinstance(getattr(module, "map_size", None), tuple) for module in model.modules()
-    )

@@ -21,7 +21,7 @@ from metaformer.variants import POOLFORMERS, VARIANTS
 from metaformer.weights.card import write_card
 from metaformer.weights.described import architecture
 from metaformer.weights.loading import load_state
-from metaformer.weights.opener import Opened, fixes_size
+from metaformer.weights.opener import Opened
 
 TARGETS = (*TO, "timm-hf")
 MODELS = {
@@ -199,7 +199,7 @@ def check_same(opened: Opened, theirs: nn.Module, form: str, library: str, metho
 
 def random_images(opened: Opened) -> Tensor:
     """(2, in_chans, H, W), large enough that every map has several positions, so that averages matter."""
-    smallest = 0 if fixes_size(opened.model) else 2 * opened.model.feature_info[-1]["reduction"]
+    smallest = 0 if opened.model.fixed_size else 2 * opened.model.feature_info[-1]["reduction"]
     size = (max(side, smallest) for side in opened.size)
     return torch.randn(2, opened.model.in_chans, *size, generator=torch.Generator().manual_seed(0))
 
