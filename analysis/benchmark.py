@@ -42,7 +42,7 @@ from metaformer.analysis.count import size_of
 from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import compared, place, timings
 from metaformer.errors import InputError, run_command
-from metaformer.provenance import write_json
+from metaformer.provenance import write_json, writing
 from metaformer.records import Benchmark
 from metaformer.variants import POOLFORMERS
 
@@ -125,19 +125,12 @@ def report(record: Benchmark) -> str:
     return "\n".join([*lines, "", markdown([{heading: row[heading] for heading in shown} for row in rows]), ""])
 
 
-def record_path(options: argparse.Namespace) -> Path:
-    path = options.record or Path("runs", f"benchmark-{options.model}-{datetime.now():%Y%m%d-%H%M%S}.json")
-    if not options.record:
-        path.parent.mkdir(exist_ok=True)
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {path.parent} for the record: make it, or use another --record")
-    return path
-
-
 def main() -> None:
     options = parse()
     cells = comparisons(options)
-    path = record_path(options)
+    path = options.record or Path("runs", f"benchmark-{options.model}-{datetime.now():%Y%m%d-%H%M%S}.json")
+    with writing(path):  # now, not after the first measurements
+        path.parent.mkdir(parents=True, exist_ok=True)
     for record in benchmark(cells, options.rounds, options.seconds, options.memory or options.growth):
         write_json(path, record)
         print(report(Benchmark.model_validate(record)), flush=True)
