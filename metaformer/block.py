@@ -90,6 +90,7 @@ class MetaFormerBlock(nn.Module):
         return self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:
+        """The equations as printed."""
         x = self.add(x, self.token_mixer(self.norm1(x)), self.layer_scale1)
         if self.mlp is not None:
             x = self.add(x, self.mlp(self.norm2(x)), self.layer_scale2)

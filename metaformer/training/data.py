@@ -81,7 +81,7 @@ def count_classes(config: Config, names: list[str] | None) -> int:
 
 def open_split(config: Config, split: str, workers: int, is_training: bool = False) -> Dataset:
     name, root = config.dataset, config.data_dir
-    if name == "mnist5k" and root:  # given without a config of its own, in place of the digits
+    if name == "mnist5k" and root:  # the folder replaces the digits in the config of the demo
         name = ""
     if not name or name in ("folder", "torch/image_folder", "torch/folder"):
         check_folder(root, split)
