@@ -78,6 +78,11 @@ def test_another_model_is_refused(segmentor, tmp_path):
     spoiled = torch.load(checkpoint, weights_only=False)
     with pytest.raises(InputError, match=r"10 missing .* 10 unexpected"):
         load_model(str(config), str(save(spoiled, tmp_path, "backbone.stages.0", "backbone.stages.9")), "cpu")
+    headless = str(save(spoiled, tmp_path, "decode_head.conv_seg", "decode_head.other"))  # only fine-tuning takes it
+    with pytest.raises(InputError, match=r"2 missing .* 2 unexpected"):
+        runner(config, tmp_path / "e", load_from=headless).test()
+    with pytest.raises(InputError, match=r"2 missing .* 2 unexpected"):
+        runner(config, tmp_path / "f", load_from=headless, resume=True).train()
 
 
 def save(checkpoint: dict, folder: Path, old: str, new: str) -> Path:
