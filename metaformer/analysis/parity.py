@@ -264,7 +264,7 @@ def measure(clone: Path) -> dict[str, Any]:
         root = Path(folder)
         for split, number in (("train", 24), ("val", 4)):
             for i in range(number):
-                path = Path(pictures[i % 3])
+                path = Path(pictures[i % len(pictures)])
                 link = root / split / str(i % 4) / f"{i:05d}{path.suffix}"
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path)
