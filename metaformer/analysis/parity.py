@@ -130,7 +130,7 @@ def compare_setup(train: ModuleType, name: str, root: Path) -> Iterator[Compared
     pictures = timm.data.create_dataset("", root=root, split="val")
     loaded = torch.cat([images for images, _ in official_loader(pictures, official.eval)])
     images = Images(pictures, transform(config, is_training=False))
-    prepared = normaliser(config, CPU)(torch.stack([images[0, i][0] for i in range(len(images))]))
+    prepared = normaliser(config, CPU)(torch.stack([images[0, i][0] for i in range(len(pictures))]))
     yield compared("recipe", "pixels of evaluated pictures, normalised", (prepared - loaded).abs().max())
 
 
