@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import submitit
@@ -45,8 +46,9 @@ class TrainingJob:
         """Let the run save, and return the job that continues it. submitit calls this when Slurm takes the node
         away."""
         self.process.send_signal(signal.SIGTERM)
-        # This interrupts Popen.wait() in __call__, which holds a lock: a second one would wait for it forever.
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        with suppress(ChildProcessError):  # the run has ended on its own, and ends at once when it is started again
+            # This interrupts Popen.wait() in __call__, which holds a lock: a second one would wait for it forever.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(TrainingJob(self.arguments, self.gpus))
 
 
