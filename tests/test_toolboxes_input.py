@@ -85,6 +85,16 @@ def test_another_model_is_refused(segmentor, tmp_path):
         runner(config, tmp_path / "f", load_from=headless, resume=True).train()
 
 
+@pytest.mark.parametrize("lost", ["optimizer", "message_hub", "meta"])
+def test_a_run_resumes_only_from_the_checkpoint_of_a_run(segmentor, tmp_path, lost):
+    config, checkpoint = segmentor
+    published = torch.load(checkpoint, weights_only=False)
+    del published[lost]
+    torch.save(published, tmp_path / "published.pth")
+    with pytest.raises(InputError, match=rf"published\.pth has no {lost}, so that no run can be resumed from it"):
+        runner(config, tmp_path / "run", load_from=str(tmp_path / "published.pth"), resume=True).train()
+
+
 def save(checkpoint: dict, folder: Path, old: str, new: str) -> Path:
     """The checkpoint with other names, as a file."""
     weights = {name.replace(old, new): tensor for name, tensor in checkpoint["state_dict"].items()}

@@ -38,6 +38,8 @@ class WholeCheckpoint(Hook):
     checkpoint that has them under ``model`` are loaded as well.
 
     For fine-tuning (``load_from`` without ``resume``), heads and classes may differ; the log states the differences.
+    A run resumes only from a checkpoint that also has the state of the optimizer, without which mmengine would start
+    a new one in the middle of the schedule.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,12 @@ class WholeCheckpoint(Hook):
         fine_tuning = in_training and not runner._resume
         weights = checked_weights(model, checkpoint, source, part="backbone." if fine_tuning else "")
         checkpoint["state_dict"] = weights
+        lost = [part for part in ("optimizer", "message_hub", "meta") if part not in checkpoint]
+        if in_training and not fine_tuning and lost:
+            raise InputError(
+                f"{source} has no {' and no '.join(lost)}, so that no run can be resumed from it: give the checkpoint of "
+                "a run (load_from=None for the last one in the work dir), or leave out --resume"
+            )
         loader = runner.train_dataloader if in_training else runner.test_dataloader
         classes = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
         other_classes = different_classes(loader.dataset.metainfo["classes"], classes) if classes else None
