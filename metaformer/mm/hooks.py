@@ -56,8 +56,8 @@ class WholeCheckpoint(Hook):
         lost = [part for part in ("optimizer", "message_hub", "meta") if part not in checkpoint]
         if in_training and not fine_tuning and lost:
             raise InputError(
-                f"{source} has no {' and no '.join(lost)}, so that no run can be resumed from it: give the checkpoint of "
-                "a run (load_from=None for the last one in the work dir), or leave out --resume"
+                f"{source} has no {' and no '.join(lost)}, so that no run can be resumed from it: give the checkpoint "
+                "of a run (load_from=None for the last one in the work dir), or leave out --resume"
             )
         loader = runner.train_dataloader if in_training else runner.test_dataloader
         classes = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
