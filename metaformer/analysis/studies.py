@@ -78,7 +78,7 @@ def cost_of(name: str, results: Results) -> str:
     hardware = " and ".join(dict.fromkeys(record.hardware.device for record in results.records))
     hours = sum(record.wall_s or 0 for record in results.records) / 3600
     partial = f"; partial, {missing} of the {planned} planned are missing" if missing else ""
-    return f"{name}: {len(results.records)} runs, {hours:.1f} hours added up, on {hardware}{partial}."
+    return f"{name}: {len(results.records)} runs, {hours:.1f} hours in all, on {hardware}{partial}."
 
 
 def judged(measured: Measured) -> Iterator[Row]:

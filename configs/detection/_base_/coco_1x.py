@@ -1,8 +1,8 @@
 # COCO 2017 and the 1x schedule, shared by RetinaNet and Mask R-CNN (paper: section 4.2). Paper and official configs
 # agree unless a comment says otherwise; "official" is detection/configs of sail-sg/poolformer on mmdet 2.19.
 #
-# All ResNet figures of Table 3 equal those of the PVT paper (arXiv 2102.12122), whose recipe this is: AdamW,
-# 16 pictures, 12 epochs.
+# All ResNet results of Table 3 equal those of the PVT paper (arXiv 2102.12122), which has the same recipe: AdamW, 16
+# pictures, 12 epochs.
 custom_imports = dict(imports=["metaformer.mm.detection", "metaformer.mm.patch_mmengine"], allow_failed_imports=False)
 default_scope = "mmdet"
 

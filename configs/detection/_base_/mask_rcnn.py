@@ -1,5 +1,5 @@
-# Mask R-CNN on a feature pyramid as mmdet has it, its training data and its optimizer. A config adds the backbone and
-# the pyramid's in_channels.
+# mmdet's Mask R-CNN on a feature pyramid, its training data and its optimizer. A config adds the backbone and the
+# pyramid's in_channels.
 model = dict(
     type="MaskRCNN",
     data_preprocessor=dict(
