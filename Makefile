@@ -1,4 +1,4 @@
-# Everything below sets itself up in .venv; the machine needs Python 3.10 or later and make.
+# Every target first creates .venv; the machine needs Python 3.10 or later and make.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -16,7 +16,7 @@ $(READY): requirements.txt pyproject.toml $(OPS)/pyproject.toml $(OPS)/mmcv/_ext
 	  { echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 	@rm -rf $(OPS)/build  # of an earlier install; setuptools would take its files
 	$(PIP) -r requirements.txt
-	@# mmengine asks for opencv-python, which needs the machine's libGL: the files without windows take its place.
+	@# mmengine asks for opencv-python, which needs the machine's libGL: the files of the headless build replace it.
 	$(PIP) --no-deps --force-reinstall $$(sed -n 's/^opencv-python\(==[0-9.]*\).*/opencv-python-headless\1/p' requirements.txt)
 	@touch $@
 
@@ -28,11 +28,11 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal $(ARGS)
 
-# Training runs that are killed or fail, and files that are corrupted; ARGS="--rounds N" for how often.
+# Kill training runs, make them fail and corrupt their files; ARGS="--rounds N" sets the number of rounds.
 faults: $(READY)
 	$(BIN)/python tests/faults.py $(ARGS)
 
-# The paper's tables; ARGS=--check only looks whether they are up to date.
+# The paper's tables; ARGS=--check only checks that they are up to date.
 tables: $(READY)
 	$(BIN)/python analysis/make_tables.py $(ARGS)
 

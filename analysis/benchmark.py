@@ -53,7 +53,7 @@ GROWTH = {
     "size": [(side, side) for side in (96, 160, 224, 288, 384)],
     "model": POOLFORMERS,
 }
-"""Values that --growth gives to one field of a cell after the other."""
+"""Values of --growth, which changes one field of a cell at a time."""
 
 
 def positive(text: str) -> int:
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     add("model", nargs="?", default="poolformer_s12", metavar="MODEL", help="a model of ours (default: %(default)s)")
     presets = parser.add_mutually_exclusive_group()
     presets.add_argument("--matrix", action="store_true", help="every runtime, layout and precision of the device")
-    presets.add_argument("--growth", action="store_true", help="against batch, size and model, with the memory")
+    presets.add_argument("--growth", action="store_true", help="several batches, sizes and models, with the memory")
     add("--forms", nargs="+", choices=OURS + OTHERS, help="what is compared (default: all that the model has)")
     add("--runtimes", nargs="+", choices=RUNTIMES, help="what runs the forms (default: eager)")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is timed (default: both)")

@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data-dir", required=True, metavar="FOLDER", help="folder with train/CLASS/PICTURE")
-    add("--config", default=str(CONFIGS / "poolformer_s12.yaml"), help="of classification/ (default: %(default)s)")
+    add("--config", default=str(CONFIGS / "poolformer_s12.yaml"), help="config of training (default: %(default)s)")
     add("--workers", type=int, default=1, metavar="N", help="loader processes (default: %(default)s)")
     add("--images", type=int, default=500, metavar="N", help="pictures in a round, at most (default: %(default)s)")
     add("--rounds", type=int, default=5, metavar="N", help="rounds, of which medians are taken (default: %(default)s)")
@@ -43,7 +43,7 @@ def main() -> None:
         "--consume",
         type=float,
         metavar="IMAGES_PER_S",
-        help="images/s that the devices of a node train; prints the number of workers that deliver as many",
+        help="images/s that the devices of a node consume; prints the number of workers that deliver as many",
     )
     add("--record", type=Path, metavar="FILE", help="write a JSON record to this file")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draws the paper's figures from its tables, the measured ones, and training curves, as PNG and SVG.
+"""Draws the paper's figures from its tables, figures of measurements, and training curves, as PNG and SVG.
 
 python analysis/make_figures.py [FIGURE...] [--runs FOLDER...] [--out FOLDER]
 """
@@ -32,7 +32,7 @@ def main() -> None:
         check_known("figure", figure, [*FIGURES, "curves"])
     wanted = options.figures or (["curves"] if options.runs else list(FIGURES))
     if ("curves" in wanted) != bool(options.runs):
-        raise InputError("curves and --runs FOLDER... go together: which runs to draw")
+        raise InputError("curves and --runs FOLDER... go together: give both, or neither")
     with mpl.rc_context(STYLE):
         for name in wanted:
             figure = curves(options.runs) if name == "curves" else FIGURES[name]()

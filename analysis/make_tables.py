@@ -1,4 +1,4 @@
-"""Writes the paper's tables, with the printed figures beside counted and measured ones.
+"""Writes the paper's tables, with the printed numbers beside counted and measured ones.
 
     python analysis/make_tables.py [TABLE...] [--format md,csv,tex] [--check]
 

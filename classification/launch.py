@@ -39,9 +39,9 @@ def main() -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, cores() // processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)  # of this process, which has read the environment before
+        torch.set_num_threads(threads)  # because this process has read the environment before
     if (processes == nodes == 1 and not restarts) or {"-h", "--help"} & set(arguments):
-        # Here and not in a process of its own, which would take seconds to import the same modules again.
+        # In this process, because a new one would take seconds to import the same modules again.
         runpy.run_path(str(TRAIN), run_name="__main__")
 
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -50,7 +50,7 @@ def main() -> int:
     # Seconds to save; Slurm gives 120. Earlier versions of PyTorch do not read this and always give 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "110")
     if nodes == 1 and "PORT" not in os.environ:
-        options.append("--standalone")  # a port that is free
+        options.append("--standalone")  # chooses a free port
     elif restarts:  # this store is new at each restart; a shared one would keep the addresses of dead processes
         options += ["--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}"]
     else:

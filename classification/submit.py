@@ -1,4 +1,4 @@
-"""Submit a training run to a Slurm cluster. Preempted or out of time, it saves, is queued again and continues."""
+"""Submit a training run to a Slurm cluster. A preempted or timed-out job saves, is queued again and continues."""
 
 import argparse
 from datetime import datetime
@@ -19,13 +19,13 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of each machine (default: %(default)s)")
     parser.add_argument("--cpus-per-gpu", type=int, default=12, help="CPU cores per GPU (default: %(default)s)")
-    parser.add_argument("--time", type=int, default=4320, help="minutes until the end (default: %(default)s)")
-    parser.add_argument("--logs", default="runs/slurm", help="folder of the job's own output (default: %(default)s)")
+    parser.add_argument("--time", type=int, default=4320, help="time limit in minutes (default: %(default)s)")
+    parser.add_argument("--logs", default="runs/slurm", help="folder for the output of the job (default: %(default)s)")
     options, settings = parser.parse_known_args()
     if min(options.nodes, options.gpus, options.cpus_per_gpu, options.time) < 1:
         raise InputError("--nodes, --gpus, --cpus-per-gpu and --time are whole numbers from 1")
     if load_config(settings).output is None:
-        settings.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # to be found by a job that is queued again
+        settings.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # so that a job that is queued again finds it
     job = TrainingJob([*settings, "--resume"], options.gpus)
     [submitted] = submit([job], options.logs, options.partition, options.nodes, options.cpus_per_gpu, options.time)
     print(f"job {submitted.job_id}; log: {submitted.paths.stdout}")

@@ -125,7 +125,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
 
 
 def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], outputs: list[str]) -> tuple[bytes, Exported]:
-    """The content of an ONNX file, and what it computes."""
+    """The content of an ONNX file, and a function that runs it."""
     import onnxruntime
 
     names = {"input_names": ["images"], "output_names": outputs}
@@ -136,7 +136,7 @@ def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], outputs: list[s
 
 
 def torch_export(model: nn.Module, images: Tensor, dims: dict[int, Dim]) -> tuple[bytes, Exported]:
-    """The content of a file of ``torch.export.save``, and what it computes."""
+    """The content of a file of ``torch.export.save``, and a function that runs it."""
     file = BytesIO()
     torch.export.save(torch.export.export(model, (images,), dynamic_shapes=(dims,)), file)
     exported = torch.export.load(BytesIO(file.getvalue())).module()

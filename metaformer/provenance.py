@@ -126,7 +126,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def write_torch(path: Path, content: Any, previous: Path | None = None) -> None:
-    """Writes what ``torch.save`` makes of ``content``; the arguments are those of :func:`write_file`."""
-    buffer = io.BytesIO()  # whose errors, unlike those of a disk, torch.save does not replace by its own
+    """Writes ``content`` in the format of ``torch.save``; the arguments are those of :func:`write_file`."""
+    buffer = io.BytesIO()  # torch.save would replace the errors of a disk by its own
     torch.save(content, buffer)
     write_file(path, buffer.getbuffer(), previous)

@@ -29,9 +29,9 @@ class Variant(NamedTuple):
     """A model of the registry. It is also a row of the ablation tables and studies if :attr:`row` is set."""
 
     label: str
-    """What the tables print: a model's name in Table 1, or the change as Table 5 prints it."""
+    """Label in the tables: a model's name in Table 1, or the change in Table 5."""
     group: str
-    """The table's heading over the row."""
+    """Heading of the row's group in the tables."""
     changes: dict[str, Any]
     """Arguments of :class:`MetaFormer` in which the variant differs from PoolFormer-S12."""
     row: str | None = None
@@ -117,7 +117,7 @@ ROWS: dict[str, dict[str, Any]] = {
 """All rows of the ablation, each with the settings of ``classification/train.py`` that make it."""
 LABELS = {variant.row: variant.label for variant in VARIANTS.values() if variant.row}
 LABELS["nodroppath"] = "drop path → none"
-"""What the tables print for each row of :data:`ROWS`."""
+"""Labels of all rows of :data:`ROWS` in the tables."""
 
 
 # The rest of the input is timm's default: 224 pixels, bicubic, ImageNet's mean and standard deviation.

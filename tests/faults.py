@@ -1,12 +1,12 @@
-"""A campaign of faults: training runs killed and failed, files corrupted, and what was lost by it.
+"""Injects faults: kills training runs and makes them fail, corrupts files, and records the losses.
 
 python tests/faults.py [--rounds N] [--seed S] [--only SEED] [--record FILE]
 
-Every fault is tried once in a round, those that take milliseconds ten times, torchrun in each tenth round; what comes
-too late, when a run has ended, does not count. A run that was killed or failed continues and must end as one that was
-left alone: the same weights, optimizer, curve and events to the last bit. What was corrupted must be refused in one
-sentence or read as before, and nothing in it executed. A trial follows from its seed, and --only SEED repeats it; kills
-after a time alone meet another moment then.
+Every fault is tried once in a round, those that take milliseconds ten times, and those of torchrun in every tenth
+round. A fault that comes after the end of a run does not count. A run that was killed or failed continues and must end
+as an undisturbed run: with the same weights, optimizer, curve and events to the last bit. A corrupted file must be
+refused in one sentence or read as before, and nothing in it may be executed. A trial follows from its seed, and --only
+SEED repeats it; only kills after a time hit another moment then.
 """
 
 import argparse
@@ -769,7 +769,7 @@ def seeds_of(rounds: int, seed: int) -> list[int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A campaign of faults, and what was lost by it.")
+    parser = argparse.ArgumentParser(description="Inject faults into training runs and their files, and record losses.")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="each tries every fault (default: 20)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the campaign (default: 0)")
     parser.add_argument("--only", type=int, metavar="SEED", help="repeat the trial of this seed")

@@ -260,7 +260,7 @@ def test_the_content_counts_and_not_the_ending(kind, tmp_path):
         (b"no picture", "UnidentifiedImageError"),
         (encoded(drawn(), "JPEG")[:-100], "OSError: image file is truncated"),
         (encoded(drawn(), "PNG")[:500], "OSError: .*truncated"),
-        (encoded(drawn("F"), "TIFF"), "ValueError: pixels of mode F, in which no number is white"),
+        (encoded(drawn("F"), "TIFF"), "ValueError: pixels of mode F, in which the value of white is not defined"),
         (encoded(Image.fromarray(np.full((4, 5), 70000, dtype=np.int32)), "TIFF"), "ValueError: pixels of mode I, "),
         (encoded(Image.new("1", (14000, 14000)), "PNG"), "DecompressionBombError"),
     ],
@@ -364,7 +364,7 @@ def test_a_pass_without_pictures_stops_the_run(run, command, pictures, tmp_path)
     root = copied(pictures, tmp_path / "data")
     for picture in root.glob("train/*/*.png"):
         picture.write_bytes(b"")
-    with pytest.raises(InputError, match=r"too few can be read: the last was .*/data/train/.*png; mend them or take"):
+    with pytest.raises(InputError, match=r"too few can be read: the last was .*/data/train/.*png; repair or remove"):
         run(f"data_dir={root}", "bad_pictures=skip")
     for picture in root.glob("val/*/*.png"):
         picture.write_bytes(b"")

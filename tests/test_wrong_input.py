@@ -1,4 +1,4 @@
-"""Wrong input ends in one clear sentence that names the thing and the mend, with exit status 2, and nothing is lost."""
+"""Wrong input ends in a clear sentence that names the thing and the remedy, with exit status 2, and nothing is lost."""
 
 import errno
 import fcntl
@@ -155,7 +155,7 @@ def test_unreadable_picture_is_named(split, content, workers, run, pictures, tmp
     file = root / split / "b" / "001.png"
     file.write_bytes(file.read_bytes()[:200] if content == "truncated" else content)
     with pytest.raises(
-        InputError, match=rf"cannot use the picture {file} \(.*\): mend it, take it out, or leave "
+        InputError, match=rf"cannot use the picture {file} \(.*\): repair it, remove it, or leave "
     ) as error:
         run(f"data_dir={root}", f"workers={workers}", "epochs=1")
     assert "\n" not in str(error.value)

@@ -63,7 +63,7 @@ def benchmark(
     Raises:
         InputError: a model does not take the size, or no contestant could be timed in any cell.
     """
-    torch.backends.cudnn.benchmark = True  # as training here
+    torch.backends.cudnn.benchmark = True  # as in training
     record = {"kind": "benchmark", "settings": {"rounds": rounds, "turn_s": seconds, "seed": SEED}, "cells": []}
     record |= provenance()
     for cell, entered in cells:
@@ -88,9 +88,9 @@ def measure(cell: Cell, entered: list[Entry], rounds: int, seconds: float, memor
             expected = contestants.reference(entry.form, cell)
             set_precision(cell.precision)
             found.append(warm_up(contestants.contestant(entry, cell), cell, expected, seconds, memory))
-        except Exception as error:  # whatever it is, the others are timed, and the record says what is missing
+        except Exception as error:  # the others are timed nevertheless, and the record has the reason
             absent.append({**entry._asdict(), "reason": reason(error)})
-    set_precision(cell.precision)  # that of the reference, if it failed for the last entry
+    set_precision(cell.precision)  # still float32 if the reference of the last entry failed
     turns = deque(found)
     for _ in tqdm(range(rounds), desc=str(cell), unit="round", disable=None):
         for call, result in turns:
@@ -108,7 +108,7 @@ def reason(error: Exception) -> str:
 
 
 def set_precision(precision: str) -> None:
-    """Set what float32 products may round their factors to."""
+    """Set the type to which float32 products may round their factors."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.mkldnn.fp32_precision = "bf16" if precision == "mkldnn_bf16" else "none"
 

@@ -48,7 +48,7 @@ SEED = 0
 
 
 class Cell(NamedTuple):
-    """What the contestants of one comparison have in common."""
+    """The task, model and batch that the contestants of one comparison share."""
 
     task: str
     model: str
@@ -71,7 +71,7 @@ class Cell(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What distinguishes the contestants of a comparison."""
+    """The fields in which the contestants of a comparison differ."""
 
     form: str
     runtime: str
@@ -79,7 +79,7 @@ class Entry(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What all contestants get."""
+    """The weights and the batch, which are the same for all contestants."""
 
     weights: StateDict  # of the plain form
     images: Tensor
@@ -113,7 +113,7 @@ def entries(task: str, model: str, forms: list[str] | None, runtimes: list[str],
     A file has one layout and no fused form. Folded models and files do inference only.
 
     Raises:
-        InputError: the model does not exist or does not have a form, or nothing of this kind does the task.
+        InputError: the model or a form of it does not exist, or no such contestant can do the task.
     """
     variant_arguments(model)
     known = OURS + OTHERS if model in metaformer.POOLFORMERS else OURS
@@ -211,7 +211,7 @@ def has_bfloat16() -> bool:
 
 
 def exported(entry: Entry, cell: Cell) -> Callable[[], Tensor]:
-    """What runs the ONNX file of a form, with as many threads as PyTorch has."""
+    """A function that runs the ONNX file of a form, with as many threads as PyTorch."""
     runtime, half = entry.runtime, cell.precision != "float32"
     if cell.device != "cpu":
         raise InputError(f"{runtime} is timed on a CPU only")
@@ -247,9 +247,9 @@ def onnx(form: str, cell: Cell) -> bytes:
 
 @lru_cache(maxsize=len(OURS + OTHERS))
 def reference(form: str, cell: Cell) -> list[Tensor]:
-    """What :meth:`Contestant.outputs` of ``form`` must be, from the maps of the plain form in float32.
+    """The expected :meth:`Contestant.outputs` of ``form``, from the maps of the plain form in float32.
 
-    timm's head averages before the norm and not after it, so that its logits are others than the plain form's.
+    timm's head averages before the norm and not after it, so its logits differ from the plain form's.
     """
     plain = build("plain", "contiguous", cell)
     head = build("timm", "contiguous", cell) if form == "timm" else plain

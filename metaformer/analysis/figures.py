@@ -1,4 +1,4 @@
-"""The paper's figures from its tables, and training curves."""
+"""The paper's figures from its tables, figures of measurements, and training curves."""
 
 import json
 import math

@@ -1,7 +1,7 @@
 """The official code (github.com/sail-sg/poolformer), imported from a clone as it is.
 
-Its ``main`` and ``train_one_epoch`` run on the CPU. Stand-ins take the place of what they need beyond that: names that
-timm has moved since, CUDA, files, and the loader's processes.
+Its ``main`` and ``train_one_epoch`` run on the CPU. Stand-ins replace the names that timm has moved since, CUDA, files,
+and the loader's processes.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ REPOSITORY = "https://github.com/sail-sg/poolformer"
 MODELS = {name: variant.release for name, variant in VARIANTS.items() if variant.release}
 """The released architectures under our names and the official ones."""
 DROP_PATH = {"poolformer_s36": "0.2", "poolformer_m36": "0.3", "poolformer_m48": "0.4"}
-"""Of the official README, where it is not 0.1."""
+"""Drop path in the commands of the official README, where it is not 0.1."""
 
 
 def load_official(clone: Path) -> ModuleType:
@@ -73,7 +73,7 @@ def official_model(train: ModuleType, name: str, **options: Any) -> nn.Module:
 
 
 def run_main(train: ModuleType, arguments: list[str], epoch: Callable, validate: Callable) -> None:
-    """Run the official ``main``; ``epoch`` and ``validate`` get what it gives its ``train_one_epoch`` and ``validate``.
+    """Run the official ``main`` with ``epoch`` and ``validate`` in place of its ``train_one_epoch`` and ``validate``.
 
     In place of loaders, these get the arguments of ``create_loader``.
     """
@@ -98,12 +98,12 @@ def run_main(train: ModuleType, arguments: list[str], epoch: Callable, validate:
 
 
 def readme_arguments(name: str) -> list[str]:
-    """As the official README trains a model, without apex."""
+    """Arguments with which the official README trains a model, without apex."""
     return ["--model", MODELS[name], "-b", "128", "--lr", "1e-3", "--drop-path", DROP_PATH.get(name, "0.1")]
 
 
 def official_setup(train: ModuleType, name: str) -> SimpleNamespace:
-    """What ``main`` makes: model, optimizer, learning rates by epoch, loss, and the arguments of both loaders."""
+    """The model, optimizer, learning rates by epoch, loss, and arguments of both loaders that ``main`` makes."""
     found = SimpleNamespace(rates=[])
 
     def epoch(_: int, model: nn.Module, loader: dict, optimizer: Any, loss: nn.Module, *__: Any, **___: Any) -> None:
@@ -124,7 +124,7 @@ def official_loader(pictures: Dataset, options: dict[str, Any]) -> PrefetchLoade
 
 
 def official_batch(loader: PrefetchLoader, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the loader makes of uint8 pictures: mixed, normalised, erased."""
+    """Mix, normalise and erase uint8 pictures as the loader does."""
     with patch("timm.data.mixup.rand_bbox", pinned_box):
         mixed = loader.loader.collate_fn(list(zip(images.numpy(), labels.tolist(), strict=True)))
     with patch.object(loader, "loader", [mixed]):

@@ -108,7 +108,7 @@ def compare_model(train: ModuleType, name: str) -> Iterator[Compared]:
 
 
 def compare_setup(train: ModuleType, name: str, root: Path) -> Iterator[Compared]:
-    """What training starts with, and what evaluation makes of the pictures in ``root``."""
+    """Initial weights, weight decay and drop path, and the pictures in ``root`` as prepared for evaluation."""
     config, official = config_of(name), official_setup(train, name)
     torch.manual_seed(42)  # as main does
     model = build_model(config, 1000)
@@ -287,7 +287,7 @@ def measure(clone: Path) -> dict[str, Any]:
 
 
 def departures(trajectories: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The differences that stay, each with its reason and what it comes to."""
+    """The differences that remain, each with its reason and effect."""
     np.random.seed(0)
     areas = np.zeros(2)
     for lam in np.random.rand(100_000):

@@ -45,7 +45,7 @@ def sections(tables: dict[str, Table], measured: Measured, complete: bool) -> di
 
 
 def status(tables: dict[str, Table], measured: Measured) -> str:
-    """What is reproduced and what is not, in six list items."""
+    """The state of the reproduction in six list items."""
     counts = sum((tables[name].verdicts() for name in NUMBERED[:5]), Counter())
     pairs = [cell for name in NUMBERED for row in tables[name].rows for cell in row.values() if isinstance(cell, Pair)]
     accuracies = [pair.here.value for pair in pairs if pair.paper]

@@ -13,7 +13,7 @@ from metaformer.records.statistics import Results
 from metaformer.variants import LABELS, ROWS
 
 WIDTH, HEIGHT = 200, 100
-"""Of a panel of curves, in its own units."""
+"""Size of a panel of curves in the units of its SVG."""
 
 
 def report(tables: dict[str, Table], measured: Measured) -> str:

@@ -15,7 +15,7 @@ from metaformer.records.schema import Benchmark, Cell, Contestant, Entry, Loadin
 from metaformer.variants import POOLFORMERS
 
 COLUMNS = (*(f"{library}, {mode}" for library in ("ours", "timm") for mode in ("eager", "compiled")), *EXPORTED)
-"""Of the table of who is fastest; transformers' class has columns only where it was measured."""
+"""Columns of the table ``fastest``; transformers' class has columns only where it was measured."""
 
 
 class Timing(NamedTuple):
@@ -101,7 +101,7 @@ def speed(measured: Measured) -> Table:
 
 
 def fastest(measured: Measured) -> Table:
-    """The fastest form and layout of every library and runtime in each cell, and who is the fastest of all."""
+    """The fastest form and layout of every library and runtime in each cell, and the fastest of all."""
     records = measured.records["benchmark"]
     rows = [
         {**place(record, cell), "task": cell.task, **compared(cell), "measured": record.date[:10]}
@@ -235,7 +235,7 @@ def parity(measured: Measured) -> Table:
 
 
 def parity_rows(record: Parity) -> list[Row]:
-    """A row for each comparison and each difference that stays."""
+    """A row for each comparison and each difference that remains."""
     found = [(of.part, of.what, of.difference, of.tolerance) for of in record.compared]
     for run in record.trajectories:
         precision = run.dtype if run.precision == "float32" else f"ours in {run.precision}"

@@ -1,4 +1,4 @@
-"""Read configs of mmdet and mmseg. A config is code, so that anything may go wrong in it."""
+"""Read configs of mmdet and mmseg. A config is code, so it can raise any error."""
 
 import textwrap
 import warnings

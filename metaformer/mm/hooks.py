@@ -143,8 +143,8 @@ def check_crops(runner: Runner) -> None:
 
 
 def check_schedule(runner: Runner) -> None:
-    """Warn if a scheduler ends after the training, as a warm-up that keeps the learning rate low throughout, or if all
-    end before it.
+    """Warn if a scheduler ends after the training, so that a warm-up may keep the learning rate low throughout, or if
+    all end before it.
 
     Raises:
         InputError: the last of them is a ``PolyLR`` that ends before the training at a learning rate of 0.

@@ -36,7 +36,7 @@ OF_MODEL = {"crop_pct", "interpolation", "mean", "std"}
 """Settings that a run takes from its model where the recipe does not give them."""
 
 Weights = dict[str, float]
-"""Of a sum of mean top-1 by row; a test may also use ``chance``, the top-1 of guessing, and ``point``, which is 1."""
+"""Weights in a sum of the rows' mean top-1; a test may also use ``chance``, the top-1 of guessing, and ``point``, 1."""
 
 
 class Interval(NamedTuple):
@@ -88,7 +88,7 @@ class Results:
         self.top1 = self.runs.pivot(index="seed", columns="row", values="top1")
 
     def terms(self, weights: Weights) -> tuple[pd.DataFrame, pd.Series, float]:
-        """Top-1 of the rows that are weighted, by seed; their weights; and the sum of what is no row."""
+        """Top-1 of the weighted rows by seed; their weights; and the weighted sum of the constants."""
         rows = pd.Series({name: weight for name, weight in weights.items() if name not in self.constants})
         constant = sum(weights.get(name, 0) * value for name, value in self.constants.items())
         return self.top1.reindex(columns=rows.index), rows, constant
@@ -142,7 +142,7 @@ class Results:
 
 
 def holm(judgements: list[Judgement]) -> list[str]:
-    """The verdicts, of which those become ``undecided`` that Holm's procedure does not keep.
+    """The verdicts after Holm's procedure; those that it does not keep become ``undecided``.
 
     The smallest p-value is compared with 5 % divided by the number of statements that were run, the next with 5 %
     divided by one less, and so on up to the first that is larger.
@@ -180,5 +180,5 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
 
 @cache
 def statements() -> dict[str, list[dict[str, Any]]]:
-    """The statements by who makes or asks them."""
+    """The statements, in one list for the paper's and one for those of users."""
     return yaml.safe_load(STATEMENTS.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from metaformer.training.config import Config
 
 ATTEMPTS = 10
-"""Draws of a crop before the largest central one of an allowed aspect ratio is taken, as timm has it."""
+"""Draws of a crop before the largest central crop of an allowed aspect ratio is taken, as in timm."""
 WEIGHT_OF_ONE = 2.0**22
 """The integer that stands for the weight 1 in Pillow's resize."""
 
@@ -90,7 +90,7 @@ def to_levels(sums: Tensor) -> Tensor:
 def filter_weights(start: Tensor, length: Tensor, full: int, size: int, cubic: Tensor, flip: Tensor) -> Tensor:
     """The weights (B, size, full) with which ``full`` pixels make each of ``size`` ones.
 
-    The ``length`` pixels from ``start`` on are resized. A filter that makes them fewer is wider by the same factor.
+    The ``length`` pixels from ``start`` on are resized. When shrinking, the filter is wider by the same factor.
     The weights are integers in float64, of which each row sums to about ``WEIGHT_OF_ONE``.
     """
     output = torch.arange(size, device=start.device)

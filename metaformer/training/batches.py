@@ -21,7 +21,7 @@ from metaformer.training.config import Config
 
 
 class Unreadable(NamedTuple):
-    """Stands for a picture that could not be read or transformed, up to the process that can report it."""
+    """Stands for a picture that could not be read or transformed, until the main process reports it."""
 
     name: str
     reason: str
@@ -45,7 +45,7 @@ def seed_everything(*entropy: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(state[1])
     torch.default_generator.manual_seed(int(state[2]))
-    if torch.cuda.is_initialized():  # elsewhere torch.manual_seed would queue a call each time, with a stack trace
+    if torch.cuda.is_initialized():  # otherwise torch.manual_seed would queue a call each time, with a stack trace
         torch.cuda.manual_seed(int(state[2]))
 
 
@@ -53,7 +53,7 @@ class TrainBatches(Sampler):
     """Passes of one device, each a list of (epoch, index), for the epoch and from the optimizer step set before.
 
     The pictures of an optimizer step are consecutive in the epoch's order and cut into passes of ``device_batch``; the
-    devices take them in turn. So the same passes are made whatever the number of devices.
+    devices take them in turn. The passes are therefore the same for any number of devices.
     """
 
     def __init__(self, images: int, device_batch: int, accumulation: int, rank: int, world: int, seed: int):
@@ -93,10 +93,10 @@ class Images(Dataset):
             return unreadable(self.name(index), error)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        if isinstance(self.dataset, DatasetFolder):  # past torchvision's loader, which makes greys of 16 bits white
+        if isinstance(self.dataset, DatasetFolder):  # not by torchvision's loader, which makes 16-bit greys white
             path, label = self.dataset.samples[index]
             file = open(path, "rb")  # noqa: SIM115
-        elif hasattr(self.dataset, "reader"):  # past timm's ImageDataset, which replaces what is unreadable by the next
+        elif hasattr(self.dataset, "reader"):  # not by timm's ImageDataset, which replaces unreadable pictures
             file, label = self.dataset.reader[index]
         else:
             image, label = self.dataset[index]
@@ -108,7 +108,7 @@ class Images(Dataset):
         if isinstance(self.dataset, DatasetFolder):
             return self.dataset.samples[index][0]
         named = hasattr(self.dataset, "filename") and self.dataset.filename(index, absolute=True)
-        return named or f"picture {index}"  # those that lie in a data set of Hugging Face may have no name
+        return named or f"picture {index}"  # pictures inside a Hugging Face data set may have no name
 
 
 class Stream(IterableDataset):
@@ -130,21 +130,21 @@ class Stream(IterableDataset):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """In 8 bits. Of 16-bit greys the upper ones: Pillow's own conversion would make all above 255 white.
+    """Convert to 8-bit RGB. 16-bit greys keep their upper 8 bits; Pillow would make all values above 255 white.
 
     Raises:
-        ValueError: the picture does not tell what number is white.
+        ValueError: the picture has a mode in which the value of white is not defined.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}, in which no number is white")
+        raise ValueError(f"pixels of mode {image.mode}, in which the value of white is not defined")
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB picture
 
 
 def printable(text: str) -> str:
-    """On one line, whatever characters are in the name of a file."""
+    """The text on one line; a file name may contain line breaks."""
     return text if text.isprintable() else repr(text)
 
 
@@ -170,7 +170,7 @@ def checked(
         if unreadable and skipped is None:
             name, reason = unreadable[0]
             raise InputError(
-                f"cannot use the picture {name} ({reason}): mend it, take it out, or leave out all such pictures with "
+                f"cannot use the picture {name} ({reason}): repair it, remove it, or leave out all such pictures with "
                 "bad_pictures=skip"
             )
         if unreadable:

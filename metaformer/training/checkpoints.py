@@ -43,7 +43,7 @@ class Progress:
     seconds: float = 0.0
     """Time spent on training in this epoch."""
     began: float = field(default_factory=time.time)
-    """Time of the first start, later by the pauses before the other starts."""
+    """Time of the first start, plus the pauses before the later starts."""
 
     @property
     def wall_s(self) -> float:
@@ -95,7 +95,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[int]:
 
 
 def start_time() -> str:
-    """The launcher sets it once for all processes and their restarts."""
+    """The start of the run, which the launcher sets once for all processes and their restarts, or else now."""
     return os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
 
 

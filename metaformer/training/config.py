@@ -41,44 +41,44 @@ class Config(BaseModel):
 
     model: str = Field("poolformer_s12", description="Name of a model that timm knows")
     model_args: dict[str, Any] = Field({}, description="Further arguments of the model's constructor")
-    drop_path: BelowOne = Field(0.0, description="Probability of stochastic depth in the last block; less before it")
+    drop_path: BelowOne = Field(0.0, description="Drop path of the last block; grows linearly from 0 in the first")
     pretrained: bool = Field(False, description="Start from the released weights")
     checkpoint: str | None = Field(None, description="Start from the weights in this file or folder")
     replace_head: bool = Field(False, description="Train a new classifier where `checkpoint` has other classes")
 
-    dataset: str = Field("", description="Empty: folders or tars. `mnist5k`, or timm's `wds/`, `hfds/`, `torch/`...")
+    dataset: str = Field("", description="Empty for folders or tars, `mnist5k`, timm's `wds/`, `hfds/`, `torch/`...")
     data_dir: str | None = Field(None, description="Folder of the data set")
     train_split: str = Field("train", description="Name of the training split")
     val_split: str = Field("validation", description="Name of the validation split")
     dataset_args: dict[str, Any] = Field({}, description="Further arguments of `timm.data.create_dataset`")
-    num_classes: Positive | None = Field(None, description="Number of classes, for data sets that do not tell")
+    num_classes: Positive | None = Field(None, description="Number of classes, for data sets that do not state it")
     workers: Count | None = Field(None, description="Loader processes per device. null: one per core")
     bad_pictures: Literal["stop", "skip"] = Field("stop", description="What to do with unreadable pictures")
 
     data_in_memory: bool = Field(
-        False, description="Decode all pictures, of one size, once, and crop and flip batches on the device"
+        False, description="Decode all pictures (of one size) once; crop and flip batches on the device"
     )
 
     img_size: Annotated[int, Field(ge=32)] = Field(224, description="Height and width of the input in pixels")
     crop_pct: PositiveShare | None = Field(
-        None, description="Share of the side in the evaluation crop. null: the model's"
+        None, description="Share of the resized side that the evaluation crop keeps. null: the model's own"
     )
     interpolation: Filter | None = Field(None, description="Resize filter of the evaluation. null: the model's own")
-    mean: Mean | None = Field(None, description="Mean of each channel, of pixels in [0, 1]. null: the model's own")
-    std: Std | None = Field(None, description="Standard deviation of each channel, likewise. null: the model's own")
+    mean: Mean | None = Field(None, description="Mean of each channel for pixels in [0, 1]. null: the model's own")
+    std: Std | None = Field(None, description="Standard deviation, as `mean`. null: the model's own")
 
     scale: tuple[Share, Share] = Field((0.08, 1.0), description="Share of a picture's area that a random crop takes")
     ratio: tuple[Above0, Above0] = Field((3 / 4, 4 / 3), description="Width / height of a random crop")
     hflip: Share = Field(0.5, description="Probability of a horizontal flip")
     vflip: Share = Field(0.0, description="Probability of a vertical flip")
     train_interpolation: TrainFilter = Field("random", description="Resize filter. random: bilinear or bicubic")
-    auto_augment: str | None = Field(None, description="As timm writes it, such as rand-m9-mstd0.5-inc1. null: none")
-    color_jitter: NotNegative = Field(0.0, description="Strength of color jitter. Without effect beside `auto_augment`")
+    auto_augment: str | None = Field(None, description="In timm's notation, such as rand-m9-mstd0.5-inc1. null: none")
+    color_jitter: NotNegative = Field(0.0, description="Strength of color jitter; no effect beside `auto_augment`")
     mixup: NotNegative = Field(0.0, description="Alpha of Mixup. 0: no Mixup")
     cutmix: NotNegative = Field(0.0, description="Alpha of CutMix. 0: no CutMix")
     mixup_prob: Share = Field(1.0, description="Probability that Mixup or CutMix is applied")
-    mixup_switch_prob: Share = Field(0.5, description="Probability of CutMix instead of Mixup where both are on")
-    mixup_mode: Literal["batch", "pair", "elem"] = Field("batch", description="Which pictures share a draw of Mixup")
+    mixup_switch_prob: Share = Field(0.5, description="Probability of CutMix instead of Mixup if both are on")
+    mixup_mode: Literal["batch", "pair", "elem"] = Field("batch", description="Draw Mixup per batch, pair or picture")
     mixup_off_epoch: Count = Field(0, description="Epochs after which Mixup and CutMix are off. 0: never")
     smoothing: BelowOne = Field(0.0, description="Label smoothing")
     erase_prob: Share = Field(0.0, description="Probability of random erasing")
@@ -91,26 +91,26 @@ class Config(BaseModel):
     global_batch: Positive = Field(4096, description="Images per optimizer step, over all devices and passes")
     device_batch: Positive = Field(128, description="Most images that one device takes in a pass")
     base_lr: NotNegative = Field(1.0e-3, description="Learning rate for each 1024 images of `global_batch`")
-    lr: NotNegative | None = Field(None, description="Learning rate, whatever the batch. null: by `base_lr`")
+    lr: NotNegative | None = Field(None, description="Learning rate at any batch size. null: from `base_lr`")
     warmup_lr: NotNegative = Field(0.0, description="Learning rate at the beginning of the warmup")
     min_lr: NotNegative = Field(0.0, description="Learning rate at the end of the cosine")
     sched: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warmup")
     sched_on_updates: bool = Field(False, description="Change the learning rate at every step instead of every epoch")
     opt: str = Field("adamw", description="Name of an optimizer that timm knows")
     opt_eps: NotNegative = Field(1.0e-8, description="Epsilon of the optimizer, if it has one")
-    opt_betas: tuple[BelowOne, ...] | None = Field((0.9, 0.999), description="Its betas, if it has any. null: its own")
-    weight_decay: NotNegative = Field(0.05, description="Weight decay of all parameters but vectors, such as biases")
-    layer_decay: PositiveShare | None = Field(None, description="Learning-rate factor for each layer down. null: 1")
+    opt_betas: tuple[BelowOne, ...] | None = Field((0.9, 0.999), description="Betas of the optimizer. null: its own")
+    weight_decay: NotNegative = Field(0.05, description="Weight decay of all parameters except biases and vectors")
+    layer_decay: PositiveShare | None = Field(None, description="Learning-rate factor of each earlier layer. null: 1")
     clip_grad: Above0 | None = Field(None, description="Largest norm of the gradient. null: no clipping")
     drop: BelowOne = Field(0.0, description="Probability of dropout before the classifier")
     ema_decay: BelowOne = Field(0.0, description="Decay of the moving average of the weights. 0: no average")
 
-    precision: Precision = Field("auto", description="Of autocast. auto: bfloat16 on CUDA, float32 on a CPU")
+    precision: Precision = Field("auto", description="Autocast type. auto: bfloat16 on CUDA, float32 on a CPU")
     channels_last: bool = Field(True, description="Keep images and weights in channels-last layout")
     compile: bool = Field(False, description="Compile the model with torch.compile")
     grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory")
     seed: Count = Field(42, description="Seed of all random numbers")
-    deterministic: bool = Field(False, description="Same numbers in every run on a GPU too, if slower")
+    deterministic: bool = Field(False, description="Give the same numbers in every run on a GPU too; slower")
 
     output: str | None = Field(None, description="Folder of the run. null: runs/MODEL-DATA-DATE")
     resume: bool = Field(False, description="Continue the run in `output`, if there is one")
@@ -136,7 +136,7 @@ class Config(BaseModel):
     @field_validator("auto_augment")
     @classmethod
     def _augmentation(cls, name: str | None) -> str | None:
-        # timm passes over a section that it cannot read, and over what a magnitude has above its maximum.
+        # timm ignores sections that it cannot read, and the part of a magnitude above its maximum.
         sections = re.fullmatch(r"(rand|augmix)((-t\w*|-[a-z]+\d+(\.\d+)?)*)", name or "rand")
         if name and name.startswith(("rand", "augmix")) and not sections:
             raise ValueError("a section is a letter or word with a number, as in rand-m9-mstd0.5-inc1")
@@ -177,7 +177,7 @@ GROUPS = {
 }
 """The first setting of each group, and the group's heading."""
 TEXTS = {name for name, field in Config.model_fields.items() if field.annotation in (str, str | None)}
-"""Settings that are text: what is given for them is not parsed, so that output=20261123 is a name."""
+"""Settings that are text. Their values are not parsed, so that output=20261123 is a name."""
 FLAGS = {name for name, field in Config.model_fields.items() if field.annotation is bool}
 
 
@@ -286,7 +286,7 @@ def check(values: dict[str, Any], source: str, kind: type[Checked] = Config) -> 
 
 
 def short(value: Any) -> str:
-    """A value of a YAML file, in which a few lines can stand for more than the memory holds."""
+    """A value of a YAML file as short text; a few lines of YAML can expand to more than the memory holds."""
     form = reprlib.Repr()
     form.maxlevel, form.maxstring, form.maxother = 1, 100, 100
     return form.repr(value)

@@ -109,7 +109,7 @@ def open_split(config: Config, split: str, workers: int, is_training: bool = Fal
 
 
 def check_folder(root: str | None, split: str) -> None:
-    """timm takes the root itself where the split's folder is missing, and its sub-folders for classes."""
+    """Raise an ``InputError`` without the split's folder, for which timm would take the root and its sub-folders."""
     if not root:
         raise InputError(
             "no data given: use data_dir=PATH, a folder with train/ and val/, each with a folder per class"

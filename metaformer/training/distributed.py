@@ -89,7 +89,7 @@ def join() -> Processes:
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"{local_world} processes need {local_world} GPUs and this machine shows {torch.cuda.device_count()}: "
-                "set GPUS to that"
+                f"use GPUS={torch.cuda.device_count()}"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -32,7 +32,7 @@ class Diverged(InputError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and it is saved."""
+    """A signal asked the run to stop, and the run has been saved."""
 
 
 def train(config: Config) -> int:
@@ -48,9 +48,9 @@ def train(config: Config) -> int:
 class Trainer:
     """The training loop of one process.
 
-    Between two optimizer steps, the weights, the optimizer and ``progress`` are its whole state. All that is random
-    follows from (seed, epoch, step, pass), never from what ran before. So an interrupted run continues exactly, and
-    several devices give what one device with as many passes gives.
+    Between two optimizer steps, the weights, the optimizer and ``progress`` are its whole state. All random numbers
+    follow from (seed, epoch, step, pass) and not from earlier steps. So an interrupted run continues exactly, and
+    several devices give the results of one device with as many passes.
     """
 
     def __init__(self, config: Config, processes: Processes):
@@ -63,7 +63,7 @@ class Trainer:
         self.model = model = build_model(config, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
         settings = config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE - {"bad_pictures", "log_interval"})
-        # Those two decide when the processes meet.
+        # Those two determine when the processes communicate.
         processes.check_same({**settings, **self.data_facts()})
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model.to(self.device, memory_format=layout)
@@ -99,14 +99,14 @@ class Trainer:
         self.parallel = processes.parallel(model)
 
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the passes of this epoch
-        # Since the processes last met. None: nothing is skipped.
+        # Pictures skipped since the processes last communicated. None: nothing is skipped.
         self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
         self.output = processes.from_main(lambda: checkpoints.folder_of(config))
         self.log = RunLog(self.output, self.facts(), self.epochs, self.steps) if processes.is_main else NoLog()
 
     def data_facts(self) -> dict[str, Any]:
-        """What must be true of the data of all processes, and of a run that continues."""
+        """Properties of the data that all processes must share, and that are compared when a run continues."""
         summary = {key: value for key, value in self.data.summary.items() if key not in ("dataset", "data_dir")}
         return {**summary, "class_names": self.data.class_names}
 
@@ -124,7 +124,7 @@ class Trainer:
         }
 
     def weights(self) -> dict[str, Any]:
-        """What others need of the run: its weights under timm's names, and what they belong to."""
+        """The contents of best.pt: the weights, under the keys of timm's checkpoints, and the settings of the model."""
         weights = {
             "arch": self.config.model,
             "config": self.config.model_dump(mode="json"),
@@ -161,12 +161,12 @@ class Trainer:
         """Train to the end; returns the exit status, 128 + the signal's number if one stopped the run."""
         with checkpoints.locked(self.output) if self.processes.is_main else nullcontext():
             facts = self.data_facts()
-            # Not kept under a name, because it takes the memory of a checkpoint.
+            # The state has no name here, so that its memory is freed before training.
             self.load(self.processes.from_main(lambda: checkpoints.open_folder(self.config, self.output, facts)))
             return self.finish()
 
     def finish(self) -> int:
-        """From the state that was loaded to the end; returns as :meth:`run`."""
+        """Train from the loaded state to the end; returns the exit status."""
         self.log.plan(self.progress, precision_on(self.config, self.device))
         if self.progress.epoch == self.epochs and checkpoints.read_run(self.output).get("status") == "finished":
             self.log.say(f"{self.output} is finished")
@@ -185,7 +185,7 @@ class Trainer:
                 self.log.stopped(self.progress, signal.Signals(self.stop.received).name)
                 return 128 + self.stop.received
             except Exception as error:
-                with suppress(InputError):  # where nothing can be written, the first error still says why
+                with suppress(InputError):  # if nothing can be written, the first error still says why
                     self.log.record("diverged" if isinstance(error, Diverged) else "failed", self.progress, str(error))
                 raise
             finally:
@@ -195,7 +195,7 @@ class Trainer:
         return 0
 
     def train_epoch(self) -> None:
-        """The rest of this epoch, from the step where it stands."""
+        """Train the rest of this epoch."""
         progress = self.progress
         self.parallel.train()
         if self.mix:
@@ -226,7 +226,7 @@ class Trainer:
         if is_stream:
             self.data.train.set_epoch(self.progress.epoch)
         batches = checked(iter(self.train_loader), self.data.num_classes, self.skipped["training"])
-        # A stream cannot start in the middle: what has been used is read again.
+        # A stream cannot start in the middle: the batches used so far are read again.
         return islice(batches, self.progress.step * self.passes, None) if is_stream else batches
 
     def optimizer_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -244,7 +244,7 @@ class Trainer:
             if not len(labels):
                 raise InputError(
                     f"of the pictures of a pass in epoch {epoch + 1}, step {step + 1}, too few can be read: "
-                    f"the last was {self.skipped['training'][-1].name}; mend them or take them out"
+                    f"the last was {self.skipped['training'][-1].name}; repair or remove them"
                 )
             seed_everything(self.config.seed, epoch, step, turn * self.processes.world + self.processes.rank)
             images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
@@ -302,7 +302,7 @@ class Trainer:
         self.log.record("running", progress)
         self.log.epoch(row)
 
-    # What the processes decide together
+    # Decisions of all processes
 
     def agree_on_stop(self, more: bool = False) -> bool:
         """Save and stop in all processes if any has received a signal; tells whether ``more`` is true in any."""

@@ -29,7 +29,7 @@ def outputs(
     model.eval()
     normalise, cast = normaliser(config, device), autocast(config, device)
     for images, labels in batches:
-        if len(labels):  # else all of the batch was skipped
+        if len(labels):  # otherwise all pictures of the batch were skipped
             with cast:
                 logits = model(normalise(images))
             yield logits.float(), labels.to(device, non_blocking=True)
@@ -68,7 +68,7 @@ def evaluate(
     if images + left_out != number:
         raise InputError(
             f"the validation split has {number} pictures, and its stream gave {images + left_out:.0f}: correct the "
-            "number where it is stated, mend the pictures that cannot be read, use one process, or give the data as "
+            "number where it is stated, repair unreadable pictures, use one process, or give the data as "
             "folders or tars"
         )
     if not images:

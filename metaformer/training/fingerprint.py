@@ -1,4 +1,4 @@
-"""Which files a data set is made of, as one hash for the records."""
+"""A hash of the files of a data set, for the records."""
 
 import hashlib
 import os

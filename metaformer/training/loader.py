@@ -31,7 +31,7 @@ def train_loader(
         return DataLoader(images, batch_sampler=batches, **IN_MEMORY)
     if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
         dataset.reader.batch_size = batches.device_batch  # each loader process yields whole batches
-        # Of the draws of the loader processes, which each device would repeat with the same seed.
+        # Seeds the loader processes; with one seed for all, every device would draw the same numbers.
         generator = torch.Generator().manual_seed(config.seed * processes.world + processes.rank)
         stream = Stream(dataset, transform(config, is_training=True))
         return DataLoader(stream, batches.device_batch, drop_last=True, generator=generator, **options)
@@ -86,7 +86,7 @@ def ignore_signals(worker: int) -> None:
     """A stop signal may reach every process. Workers ignore it so that the main process can save first."""
 
     def ignore_once(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at the latest the interpreter's exit asks again
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the interpreter's exit sends another SIGTERM at the latest
 
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -102,15 +102,15 @@ def loader_processes(*loaders: DataLoader) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         if not isinstance(error, RuntimeError):
-            # The death also makes PyTorch raise, a moment later: here, so that it interrupts nothing that follows.
+            # The death also makes PyTorch raise a moment later. Wait for that here, before it interrupts other code.
             with suppress(RuntimeError):
                 time.sleep(0.2)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MachineError(
-            f"a process of the loader has died ({reason}), for lack of memory most often: "
+            f"a process of the loader has died ({reason}), most often for lack of memory: "
             "continue or repeat the run, with fewer workers= if it happens again"
         ) from error
-    finally:  # else a traceback that refers to the processes would keep them until the interpreter's exit
+    finally:  # otherwise a traceback that refers to the processes would keep them until the interpreter's exit
         for loader in loaders:
             if loader.num_workers and loader._iterator is not None:
                 loader._iterator._shutdown_workers()

@@ -42,7 +42,7 @@ class InMemory(Dataset):
     def __init__(self, pictures: Pictures, device: torch.device, config: Config | None = None):
         self.images, self.labels, self.config = *(tensor.to(device) for tensor in pictures), config
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:  # which DataLoader calls once for a batch
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:  # DataLoader calls this once per batch
         epochs, indices = map(list, zip(*keys, strict=True))
         images = self.images[indices]
         if self.config:
@@ -54,7 +54,7 @@ def load_pictures(dataset: Dataset, transform: Any, options: dict[str, Any]) -> 
     """All pictures after ``transform``; those of a folder are kept in PyTorch's cache folder for other runs.
 
     Args:
-        transform: maps a PIL image to a uint8 array or tensor (3, H, W); its ``repr`` tells it from others.
+        transform: maps a PIL image to a uint8 array or tensor (3, H, W); its ``repr`` identifies it in the cache.
         options: of the DataLoader that reads the pictures.
 
     Raises:
@@ -81,7 +81,7 @@ def kept_at(dataset: Dataset, transform: Any) -> Path | None:
     for path, label in reader.samples:
         try:
             status = os.stat(path)
-        except OSError:  # decoding names the picture
+        except OSError:  # decoding then raises an error that names the picture
             return None
         key.update(os.fsencode(path) + f" {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     return Path(torch.hub.get_dir()) / "metaformer" / f"pictures-{key.hexdigest()[:16]}.safetensors"

@@ -1,4 +1,4 @@
-"""What the settings of a recipe become: batch, optimizer, schedule, Mixup, CutMix and random erasing."""
+"""Build the parts of a recipe from its settings: batch, optimizer, schedule, Mixup, CutMix and random erasing."""
 
 import math
 
@@ -101,7 +101,7 @@ class Mixing(Mixup):
     def _with_even_side(self, lam: float | np.ndarray) -> np.ndarray:
         """The share of a picture that a CutMix box leaves, such that timm cuts the next smaller box with even sides."""
         side = np.floor(self.size * np.sqrt(1 - np.asarray(lam, dtype=np.float64))) // 2 * 2
-        return 1 - ((side + 0.5) / self.size) ** 2  # half a pixel more, which timm cuts off, against rounding errors
+        return 1 - ((side + 0.5) / self.size) ** 2  # timm truncates the added half pixel, which absorbs rounding errors
 
 
 def build_mixing(config: Config, num_classes: int) -> Mixing | None:

@@ -19,7 +19,7 @@ class TrainingJob:
     """The task of one node, which runs dist_train.sh.
 
     Args:
-        arguments: arguments of dist_train.sh, with the run's folder and ``--resume``, so that they also continue it.
+        arguments: arguments of dist_train.sh, with the run's folder and ``--resume``, so that they can continue it.
         gpus: GPUs of each node.
     """
 
@@ -46,8 +46,8 @@ class TrainingJob:
         """Let the run save, and return the job that continues it. submitit calls this when Slurm takes the node
         away."""
         self.process.send_signal(signal.SIGTERM)
-        with suppress(ChildProcessError):  # the run has ended on its own, and ends at once when it is started again
-            # This interrupts Popen.wait() in __call__, which holds a lock: a second one would wait for it forever.
+        with suppress(ChildProcessError):  # the run has ended on its own; started again, it ends at once
+            # Not Popen.wait(): the call in __call__, which is interrupted here, holds its lock.
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(TrainingJob(self.arguments, self.gpus))
 
@@ -55,7 +55,7 @@ class TrainingJob:
 def submit(
     jobs: list[TrainingJob], logs: str, partition: str | None, nodes: int, cpus_per_gpu: int, minutes: int
 ) -> list[submitit.Job]:
-    """Submit all as one array of jobs, which fail independently.
+    """Submit all jobs as one array; they fail independently.
 
     Args:
         logs: folder for the output of the jobs.

@@ -85,7 +85,7 @@ def read_study(given: str) -> tuple[str, Study]:
     if not path.is_file():
         check_known("study", given, sorted(file.stem for file in STUDIES.glob("*.yaml")))
     if path.resolve().parent != STUDIES.resolve():
-        raise InputError(f"{path} is not in {STUDIES}, where its records would be judged by it: copy it there")
+        raise InputError(f"{path} is not in {STUDIES}, where the tables look for the study of a record: copy it there")
     study = check(read_yaml_mapping(path), str(path), Study)
     check_rows(study.rows)
     for key in study.recipe:
@@ -146,7 +146,7 @@ class Places:
         self.workers = max(1, self.threads - 1) if gpus else 0
 
     def environment(self, place: int) -> dict[str, str]:
-        # glibc would return the memory of a training step to the kernel, and request it again in the next step.
+        # By default, glibc returns the memory of a training step to the kernel and requests it again in the next step.
         environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32), **os.environ}
         environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         if self.gpus:

@@ -19,7 +19,7 @@ RECIPE = (
     *("auto_augment", "mixup", "cutmix", "erase_prob", "precision", "study", "row"),
 )
 FREQUENCIES = (2, 5, 11)
-"""Of the pictures with which a reader of the card can check the logits."""
+"""Values of k of the pictures with which a reader of the card can check the logits."""
 
 TEXT = """\
 ---

@@ -27,7 +27,7 @@ class Opened(NamedTuple):
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    class_names: list[str] | None  # in the order of the logits; None where the checkpoint does not tell
+    class_names: list[str] | None  # in the order of the logits; None if the checkpoint does not state them
     model_args: dict[str, Any]  # of timm.create_model, in which the model differs from others of its name
     config: Settings | None  # of the run that wrote the checkpoint; None if it is from elsewhere
     path: Path | None  # of the checkpoint file; None for weights that timm keeps
@@ -62,9 +62,9 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
     except (InputError, MachineError):
         raise
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # Files state anything, and timm and PyTorch refuse what does not fit in ways of their own.
+        # A file can state any value, and timm and PyTorch raise errors of many kinds for values that do not fit.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"a setting of {source} cannot be used ({reason}): mend it, or get the files again") from error
+        raise InputError(f"a setting of {source} cannot be used ({reason}): correct it or get new files") from error
 
 
 def with_settings(source: str | Path, model: str | None, found: Settings) -> Opened:
@@ -129,7 +129,7 @@ def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretra
     """Call ``timm.create_model``; an unknown model, wrong arguments and a failed download raise ``InputError``."""
     if not isinstance(name, str) or not timm.is_model(name):
         raise InputError(f"there is no model {name!r}{nearest(str(name), timm.list_models())}")
-    try:  # timm leaves out arguments that are None: a model without drop path need not know the word
+    try:  # timm leaves out arguments that are None, so a model without drop path works too
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     except TypeError as error:
         raise InputError(f"{name} does not take these arguments: {error}") from error

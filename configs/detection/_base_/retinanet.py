@@ -1,5 +1,5 @@
-# mmdet's RetinaNet on a feature pyramid, its training data and its optimizer. A config adds the backbone, whose levels 1
-# to 3 are used, and the pyramid's in_channels.
+# mmdet's RetinaNet on a feature pyramid, its training data and its optimizer. A config adds the backbone, whose levels
+# 1 to 3 are used, and the pyramid's in_channels.
 model = dict(
     type="RetinaNet",
     data_preprocessor=dict(

@@ -2,9 +2,9 @@
 # otherwise; "official" is segmentation/configs of sail-sg/poolformer on mmseg 0.19. A config adds the backbone and the
 # pyramid's in_channels.
 #
-# All ResNet, ResNeXt and PVT results of Table 4 equal those of the PVT paper (arXiv 2102.12122), which trains with AdamW
-# at lr 1e-4 for 80,000 iterations of 16 pictures. These configs train them as PoolFormer: as many pictures, in 40,000
-# iterations of 32, at lr 2e-4.
+# All ResNet, ResNeXt and PVT results of Table 4 equal those of the PVT paper (arXiv 2102.12122), which trains with
+# AdamW at lr 1e-4 for 80,000 iterations of 16 pictures. These configs train them as PoolFormer: as many pictures, in
+# 40,000 iterations of 32, at lr 2e-4.
 custom_imports = dict(
     imports=["metaformer.mm.segmentation", "metaformer.mm.patch_mmengine"], allow_failed_imports=False
 )
