@@ -14,7 +14,7 @@ float32; one that cannot be timed is listed with the reason.
 Each task, batch and precision is a comparison of its own, which enters the record when it is done. --matrix compares
 our fastest form with timm's class in all runtimes, layouts and precisions of the device; compilation takes most of its
 time. --growth compares the two in batches of 1 to 64, sizes of 96 to 384 and all PoolFormers, eager, with their
-memory. Other options narrow or widen both.
+memory. Other options change parts of both presets.
 
 Inference runs the model in eval mode without gradients. A training step is forward, cross-entropy and backward in train
 mode, without drop path and optimizer. Saved bytes are those of all tensors that autograd keeps from the forward pass,

@@ -20,7 +20,7 @@ from metaformer.prediction import Prediction, find_pictures, predict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("pictures", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="folders are searched with all below them")
+    add("pictures", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="folders are searched recursively")
     add("--checkpoint", metavar="RUN_OR_FILE", help="run's folder, or checkpoint (default: --model's released weights)")
     add("--model", metavar="NAME", help="timm's name of the model, if the checkpoint does not tell it")
     add("--top", type=int, default=5, metavar="N", help="classes for each picture (default: 5)")

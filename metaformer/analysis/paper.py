@@ -1,4 +1,4 @@
-"""Read the paper's figures (analysis/paper.yaml) and compare counts with them."""
+"""Read the paper's numbers (analysis/paper.yaml) and compare counts with them."""
 
 from decimal import Decimal
 from functools import cache

@@ -120,7 +120,7 @@ def different_classes(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def check_heads(model: nn.Module, classes: Sequence[str]) -> None:
-    """Raise if a head predicts another number of classes; not the RPN, nor a semantic head beside those of boxes."""
+    """Raise if a head, except the RPN and a semantic head beside box heads, predicts another number of classes."""
     for name, head in bare(model).named_modules():
         known = getattr(head, "num_classes", None)
         if re.search(r"(?<!rpn)(?<!semantic)_head$", name) and known not in (None, len(classes)):

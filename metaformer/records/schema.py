@@ -71,7 +71,7 @@ class Weights(Part):
 
 
 def check_percent(name: str, percent: float, images: int) -> None:
-    """Refuse an accuracy that is no whole number of images, as fractions written instead of percentages are."""
+    """Refuse an accuracy that is not a whole number of images, such as a fraction in place of a percentage."""
     right = percent / 100 * images
     if abs(right - round(right)) > 0.001:
         raise ValueError(f"{name} is {percent}, which is not a percentage of {images} images")
@@ -234,7 +234,7 @@ class Contestant(Entry):
     """Duration of a call on the batch in each round."""
     saved_bytes_per_image: Amount | None
     peak_bytes: Positive | None
-    """On a GPU, what a call allocates; on a CPU, what model and calls take of a fresh process's resident memory."""
+    """On a GPU, the memory that a call allocates; on a CPU, the resident memory of model and calls in a fresh process."""
 
 
 def took_turns(contestants: list[Contestant]) -> list[Contestant]:
@@ -341,7 +341,7 @@ class Compared(Part):
     what: str
     difference: Annotated[float, Field(ge=0)]
     tolerance: Annotated[float, Field(ge=0)]
-    """Up to which the difference counts as none."""
+    """Largest difference that counts as equal."""
 
 
 class Trajectory(Part):
@@ -350,7 +350,7 @@ class Trajectory(Part):
     drop_path: float
     losses: Annotated[list[float], Field(min_length=1)]
     weights: list[float]
-    """Largest relative difference after each step, as of the losses."""
+    """Largest relative difference of a tensor after each step; ``losses`` has the relative difference of the loss."""
 
 
 class Departure(Part):

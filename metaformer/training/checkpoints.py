@@ -69,8 +69,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 def locked(folder: Path, wait: bool = False) -> Iterator[int]:
     """Create the folder and lock it; yields the lock's file descriptor.
 
-    A program that inherits the descriptor keeps the lock after the end of this process. File systems without locks are
-    used without.
+    A program that inherits the descriptor keeps the lock after the end of this process. File systems without locks get
+    none.
 
     Args:
         wait: wait for the process that has the lock instead of raising an error.
@@ -109,7 +109,7 @@ def open_folder(config: Config, folder: Path, facts: dict[str, Any]) -> dict[str
     """Begin a run in the folder, or return the state from which the run in it continues.
 
     Args:
-        facts: what the state must say of the data.
+        facts: properties of the data, which are compared with those in the state.
 
     Raises:
         InputError: the folder contains a run without ``resume`` or with other settings or data, has no undamaged

@@ -65,7 +65,7 @@ def submit(
     """
     if not shutil.which("sbatch"):
         raise InputError("there is no Slurm on this machine (no sbatch): submit from a login node")
-    # submitit itself would queue a job again after three timeouts only.
+    # By default, submitit queues a job again after at most three timeouts.
     executor = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=1_000_000)
     executor.update_parameters(
         name="metaformer",

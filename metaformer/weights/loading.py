@@ -16,8 +16,8 @@ WRAPPED = re.compile(r"^(module\.|_orig_mod\.|timm_model\.)+")
 
 
 def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
-    """The weights in a checkpoint, bare or under ``state_dict`` or ``model``; their moving average if ``ema`` and
-    kept."""
+    """The weights in a checkpoint, bare or under ``state_dict`` or ``model``; their moving average if ``ema`` is set
+    and the checkpoint has it."""
     keys = ["state_dict_ema", "state_dict", "model"] if ema else ["state_dict", "model"]
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
     if all(WRAPPED.match(str(name)) for name in weights):
