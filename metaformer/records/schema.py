@@ -234,7 +234,7 @@ class Contestant(Entry):
     """Duration of a call on the batch in each round."""
     saved_bytes_per_image: Amount | None
     peak_bytes: Positive | None
-    """On a GPU, the memory that a call allocates; on a CPU, the resident memory of model and calls in a fresh process."""
+    """On a GPU, the memory that a call allocates; on a CPU, the resident memory that model and calls add."""
 
 
 def took_turns(contestants: list[Contestant]) -> list[Contestant]:
