@@ -239,7 +239,7 @@ class MlpHalf(Function):
         normalised, found = kernels.statistics(x, eps)
         weight, bias = kernels.folded(w1.flatten(1), b1, gamma, beta)
         hidden = kernels.pointwise(normalised.to(dtype), weight.to(dtype), bias.to(dtype))
-        active = F.gelu(hidden)
+        active = kernels.gelu(hidden)
         branch = kernels.pointwise(active, w2.flatten(1).to(dtype), b2.to(dtype))
         maps = (hidden if kept > 0 else None, active if kept > 1 else None)
         ctx.save_for_backward(keep, *found, *maps, x, *weights)
@@ -262,7 +262,7 @@ class MlpHalf(Function):
             weight, bias = kernels.folded(w1, b1, gamma, beta)
             if hidden is None:
                 hidden = kernels.pointwise(normalised, weight.to(dtype), bias.to(dtype))
-            active = F.gelu(hidden) if active is None else active
+            active = kernels.gelu(hidden) if active is None else active
 
             kept = grad if keep is None else keep * grad
             scaled = kept if layer_scale is None else kernels.factor(layer_scale) * kept
@@ -273,8 +273,7 @@ class MlpHalf(Function):
                 d_scale = (d_w2 * w2).sum(1) + d_b2 * b2
                 d_w2, d_b2 = layer_scale[:, None] * d_w2, layer_scale * d_b2
 
-            d_hidden = kernels.pointwise(scaled.to(dtype), w2.to(dtype).t())
-            torch.ops.aten.gelu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
+            d_hidden = kernels.gelu_backward(kernels.pointwise(scaled.to(dtype), w2.to(dtype).t()), hidden)
             d_b1 = kernels.rows(d_hidden).sum(0, dtype=b1.dtype)
             by_normalised = kernels.pointwise_weight(d_hidden, normalised).to(w1.dtype)
             d_w1 = torch.addcmul(d_b1[:, None] * beta, by_normalised, gamma)

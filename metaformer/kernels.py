@@ -26,7 +26,7 @@ def add_mlp(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, factor: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """``x + factor * (W2 gelu(W1 n + b1) + b2)``, n being the normalised x; products in ``dtype``."""
-    hidden = pointwise(statistics(x, eps)[0].to(dtype), w1.to(dtype), b1.to(dtype), gelu=True)
+    hidden = pointwise(statistics(x, eps)[0].to(dtype), w1.to(dtype), b1.to(dtype), activate=True)
     return add(x, factor, pointwise(hidden, w2.to(dtype), b2.to(dtype)))
 
 
@@ -81,24 +81,35 @@ def pool_transposed(grad: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(grad / counted, size, stride=1, padding=size // 2, divisor_override=1)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """A 1x1 convolution of maps (B, C, H, W) with a weight (K, C), and GELU.
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, activate: bool = False) -> Tensor:
+    """A 1x1 convolution of maps (B, C, H, W) with a weight (K, C), and GELU if ``activate``.
 
-    On a CPU oneDNN is faster than the BLAS behind ``F.linear`` in float32. With AVX-512 its linear applies GELU as it
-    writes. Without it the convolution is faster, and inductor reaches oneDNN through the convolution only.
+    On a CPU oneDNN is faster than the BLAS behind ``F.linear`` in float32, and applies GELU as it writes. Its linear is
+    faster than its convolution with AVX-512 only. inductor reaches oneDNN through the convolution only.
     """
-    compiling = torch.compiler.is_compiling()
-    onednn = x.device.type == "cpu" and (
-        compiling or (x.dtype == torch.float32 and torch.backends.mkldnn.is_available())
-    )
-    if onednn and AVX512 and not compiling:
-        epilogue = ("gelu", [], "none") if gelu else ("none", [], "")
-        return maps(torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, *epilogue), x)
-    if onednn or may_use_tf32(x):
+    compiled_on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
+    if compiled_on_cpu or may_use_tf32(x):
         product = F.conv2d(x, weight[:, :, None, None], bias)
-    else:
-        product = maps(F.linear(rows(x), weight, bias), x)
-    return torch.ops.aten.gelu_(product) if gelu else product
+        return torch.ops.aten.gelu_(product) if activate else product
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        epilogue = ("gelu", [], "none") if activate else ("none", [], "")
+        if AVX512:
+            return maps(torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, *epilogue), x)
+        geometry = ([0, 0], [1, 1], [1, 1], 1)
+        return torch.ops.mkldnn._convolution_pointwise(x, weight[:, :, None, None], bias, *geometry, *epilogue)
+    product = F.linear(rows(x), weight, bias)
+    return maps(torch.ops.aten.gelu_(product) if activate else product, x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of channels-last maps, as a matrix: on a CPU, PyTorch uses oneDNN for contiguous tensors only."""
+    return maps(F.gelu(rows(x)), x)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of :func:`gelu`, in its memory."""
+    grad = rows(channels_last(grad))
+    return maps(torch.ops.aten.gelu_backward.grad_input(grad, rows(x), grad_input=grad), x)
 
 
 def pointwise_weight(grad: Tensor, x: Tensor) -> Tensor:
