@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ def growth() -> Figure | None:
             if others == place_of(base)[1]:
                 of = timing.contestant
                 line = lines[column_of(of), timing.cell.task]
-                line.append((place, timing.interval.value, (of.peak_bytes or math.nan) / 1e6))
+                line.append((place, median(timing.images_per_s), (of.peak_bytes or math.nan) / 1e6))
         for (column, task), points in lines.items():
             places, speeds, peaks = zip(*sorted(points), strict=True)
             colour, dashes = COLOURS[4 if column.startswith("ours") else 1], "-" if task == "inference" else "--"

@@ -30,16 +30,6 @@ class Timing(NamedTuple):
         return [self.cell.batch / seconds for seconds in self.contestant.seconds]
 
     @property
-    def interval(self) -> Range:
-        """Median of images/s with its 95 % interval, which order statistics bound whatever the distribution is.
-
-        Fewer than 6 rounds have no such interval; their extremes take its place.
-        """
-        values = sorted(self.images_per_s)
-        left_out = max(int(binom.ppf(0.025, len(values), 0.5)) - 1, 0)
-        return Range(median(values), values[left_out], values[-1 - left_out], 1)
-
-    @property
     def layout(self) -> str:
         return self.contestant.memory_format.replace("_", "-")
 
@@ -48,9 +38,12 @@ class Timing(NamedTuple):
         entry = ("timm", runtime, self.contestant.memory_format)
         for timm in self.cell.contestants:
             if (timm.form, timm.runtime, timm.memory_format) == entry:
-                pairs = zip(timm.seconds, self.contestant.seconds, strict=True)
-                return spread([theirs / ours for theirs, ours in pairs], 2)
+                return spread(self.times(timm), 2)
         return None
+
+    def times(self, other: Contestant) -> list[float]:
+        """The speed over that of another contestant, by round."""
+        return [theirs / ours for theirs, ours in zip(other.seconds, self.contestant.seconds, strict=True)]
 
     def figures(self) -> Row:
         full, own_size = paper()["table2"]["data"], self.cell.size == (224, 224)
@@ -68,6 +61,16 @@ class Timing(NamedTuple):
             "of the floor's speed": Number(100 * self.cell.floor.seconds / median(of.seconds), unit="%"),
             "device-hours": Number(hours) if self.cell.task == "training" and own_size else None,
         }
+
+
+def interval(values: list[float]) -> Range:
+    """Median with its 95 % interval, which order statistics bound whatever the distribution is.
+
+    Fewer than 6 values have no such interval; their extremes take its place.
+    """
+    values = sorted(values)
+    left_out = max(int(binom.ppf(0.025, len(values), 0.5)) - 1, 0)
+    return Range(median(values), values[left_out], values[-1 - left_out], 1)
 
 
 def timings(*cells: Cell) -> list[Timing]:
@@ -122,13 +125,17 @@ def fastest(measured: Measured) -> Table:
 
 def compared(cell: Cell) -> Row:
     """The row of a cell in :func:`fastest`."""
-    entered = sorted(timings(cell), key=lambda timing: timing.interval)
+    entered = sorted(timings(cell), key=lambda timing: median(timing.images_per_s))
     best = {column_of(timing.contestant): timing for timing in entered}
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for absent in cell.absent:
         reasons[column_of(absent)][absent.reason] = None
-    texts = {column: f"{timing.interval}, {timing.contestant.form}, {timing.layout}" for column, timing in best.items()}
-    level = [column for column, timing in best.items() if timing.interval.high >= entered[-1].interval.low]
+    texts = {
+        column: f"{interval(timing.images_per_s)}, {timing.contestant.form}, {timing.layout}"
+        for column, timing in best.items()
+    }
+    # Compared round by round, since the speed of a machine varies more between rounds than within one.
+    level = [column for column, timing in best.items() if interval(timing.times(entered[-1].contestant)).high >= 1]
     winner = level[0] if len(level) == 1 else f"tie: {'; '.join(reversed(level))}"
     return {
         "fastest": Measurement(winner if len(best) > 1 else None, NOT_MEASURED),
