@@ -332,12 +332,14 @@ def test_download_is_cached_and_a_dead_address_named(tmp_path, official, monkeyp
         checkpoint = CheckpointLoader.load_checkpoint("https://example.org/poolformer_s12.pth.tar")
         assert checkpoint.keys() == torch.load(official[0]).keys()
     assert fetched == ["https://example.org/poolformer_s12.pth.tar"]
-    cached = tmp_path / "hub/checkpoints/poolformer_s12.pth.tar"
+    (cached,) = (tmp_path / "hub/checkpoints").rglob("poolformer_s12.pth.tar")
     cached.write_bytes(cached.read_bytes()[:9999])
     with pytest.raises(InputError, match="damaged"):
         CheckpointLoader.load_checkpoint("https://example.org/poolformer_s12.pth.tar")
     CheckpointLoader.load_checkpoint("https://example.org/poolformer_s12.pth.tar")
     assert len(fetched) == 2
+    CheckpointLoader.load_checkpoint("https://example.org/another-run/poolformer_s12.pth.tar")
+    assert len(fetched) == 3
     monkeypatch.undo()
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"cannot fetch https://127\.0\.0\.1:9/x\.pth"):
@@ -570,6 +572,8 @@ def test_a_detector_is_trained_tested_through_mim_and_resumed(trained_detector):
     assert {"coco/bbox_mAP", "coco/segm_mAP"} <= trained.keys()
     assert record["command"].startswith(f"mim test mmdet {config} --gpus 0 --checkpoint {checkpoint}")
     assert record["data"]["images"] == 4
+    model = record["settings"]["model"]
+    assert (model["backbone"]["depths"], model["test_cfg"]["rpn"]["max_per_img"]) == ([1, 1, 1, 1], 20)
     assert len(record["checkpoint"]["sha256"]) == 64
 
     targets = records.import_records([folder / "work_dirs/street"], folder / "results")

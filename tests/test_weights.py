@@ -169,7 +169,7 @@ def test_a_damaged_download_is_refused_and_fetched_again(tmp_path, monkeypatch):
     assert same(timm.create_model("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay), model)
     release.unlink()  # from now on from the cache
     assert same(timm.create_model("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay), model)
-    (tmp_path / "cache/hub/checkpoints/poolformer_s12.pth.tar").unlink()
+    next((tmp_path / "cache/hub/checkpoints").rglob("poolformer_s12.pth.tar")).unlink()
     with pytest.raises(InputError, match=r"cannot fetch file://.*name the file as checkpoint"):
         timm.create_model("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay)
 
@@ -527,6 +527,7 @@ SETTINGS = [
     {"model_args": {**SMALL, "stem_stride": 1}, "mean": (0.5, 0.4, 0.3), "interpolation": "bilinear"},
     {"model_args": {}, "img_size": 64, "crop_pct": 0.95},
     {"model": "metaformer_s12_nolayerscale", "crop_pct": 1.0},
+    {"model_args": {"depths": [1, 1, 1], "dims": [8, 12, 16], "stem_stride": 2, "overlap": False}},
 ]
 
 
@@ -537,6 +538,7 @@ def test_transformers_gets_what_was_trained(settings, convert, picture, tmp_path
     opened, back = open_checkpoint(tmp_path / "run"), open_checkpoint(tmp_path / "hf")
     for field in ("name", "size", "crop_pct", "interpolation", "class_names"):
         assert getattr(back, field) == getattr(opened, field), field
+    assert back.model_args.keys() == opened.model_args.keys()
     assert np.allclose([back.mean, back.std], [opened.mean, opened.std])
     assert same(back.model, model)
     theirs = PoolFormerForImageClassification.from_pretrained(tmp_path / "hf").eval()
@@ -718,6 +720,18 @@ def test_an_error_of_the_command_is_one_line(convert, tmp_path):
     assert convert(tmp_path / "bare.pt", tmp_path / "out", "--to", "hf", status=2) == (
         f"error: {tmp_path}/bare.pt does not say what model it is of: give --model poolformer_s12 or another\n"
     )
+
+
+def test_grey_images(tmp_path):
+    model = small(in_chans=1)
+    torch.save({"arch": "poolformer_s12", "state_dict": model.state_dict()}, tmp_path / "weights.pt")
+    opened = open_checkpoint(tmp_path / "weights.pt", model_args=SMALL)
+    with pytest.raises(InputError, match=r"squares of 3 channels, .* takes images of \(224, 224\) with 1 channels"):
+        write(opened, "hf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    write(opened, "ours", tmp_path / "ours.pt")
+    images = torch.randn(1, 1, 64, 64)
+    assert torch.equal(open_checkpoint(tmp_path / "ours.pt").model(images), model(images))
 
 
 def test_images_that_are_no_squares(tmp_path, picture):

@@ -159,11 +159,13 @@ def checked_weights(model: nn.Module, checkpoint: dict, source: str, part: str =
     Tensors whose name starts with ``part`` must be those of the model. mmengine loads what fits and ignores the rest.
 
     Raises:
-        InputError: such a tensor is missing, unexpected or has another shape; the message names ``source``.
+        InputError: such a tensor is missing, unexpected or has another shape, or the backbone that was trained is
+            another variant; the message names ``source``.
     """
     weights = copy(weights_of(checkpoint, ema=False))  # with the versions of the modules, which dict() would drop
     for name, module in model.named_modules():
         if isinstance(module, MetaFormerBackbone):
+            check_trained_as(module.variant, module.arguments, checkpoint, source)
             rename_official(module, weights, f"{name}.")
     own, given = ({n: t for n, t in each.items() if n.startswith(part)} for each in (model.state_dict(), weights))
     problems = differences(own, given)

@@ -1,6 +1,7 @@
 """Read the model, the input settings and the class names that a checkpoint states, in each format."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,17 @@ def described(path: Path, checkpoint: dict, kind: str | None) -> Settings:
 
 
 def check_trained_as(model: str, model_args: dict[str, Any], checkpoint: dict, source: str) -> None:
-    """Refuse the checkpoint of a run here for another model than the run's.
+    """Refuse the checkpoint of a run here, or of a detector or segmentor, for another model than was trained.
 
     Token mixers without weights, and strides, do not show in the names and shapes of the tensors.
 
     Args:
-        model, model_args: the model that is to start from the weights.
+        model, model_args: the model that is to have the weights.
     """
-    run = checkpoint.get("config")
+    run, meta = checkpoint.get("config"), checkpoint.get("meta")
+    trained = re.findall(r"\bvariant='(\w+)'", str(meta.get("cfg")) if isinstance(meta, dict) else "")
+    if trained and architecture(model) not in trained:
+        raise InputError(f"{source} was trained with the backbone {trained[0]}, and the model here is {model}")
     if not isinstance(run, dict) or architecture(run.get("model")) not in variants.VARIANTS:
         return
     theirs = {key: as_list(value) for key, value in (run.get("model_args") or {}).items() if key != "img_size"}
@@ -92,11 +96,12 @@ def of_folder(folder: Path, kind: str | None) -> Settings:
         }
     if config.get("model_type") != "poolformer":
         return {}
-    stride = config.get("strides", [4])[0]
+    strides = config.get("strides", [4, 2, 2, 2])
+    (stride, *later), overlap = strides, config.get("patch_sizes") != strides
     fixed = {
-        "patch_sizes": [7, 3, 3, 3],
-        "strides": [stride, 2, 2, 2],
-        "padding": [(8 - stride) // 2, 1, 1, 1],
+        "patch_sizes": [7, *(3 for _ in later)] if overlap else strides,
+        "strides": [stride, *(2 for _ in later)],
+        "padding": [(8 - stride) // 2, *(1 for _ in later)] if overlap else [0 for _ in strides],
         "pool_size": 3,
         "hidden_act": "gelu",
     }
@@ -107,7 +112,7 @@ def of_folder(folder: Path, kind: str | None) -> Settings:
     shapes = {name: (row.arguments["depths"], row.arguments["dims"]) for name, row in variants.POOLFORMERS.items()}
     scaled = config.get("use_layer_scale", True)
     name = next((name for name, shape in shapes.items() if scaled and shape == (depths, dims)), None)
-    model_args = {"stem_stride": stride, "mlp_ratio": config.get("mlp_ratio", 4.0)}
+    model_args = {"stem_stride": stride, "overlap": overlap, "mlp_ratio": config.get("mlp_ratio", 4.0)}
     if name is None:
         name = "poolformer_s12" if scaled else "metaformer_s12_nolayerscale"
         model_args |= {"depths": depths, "dims": dims}

@@ -1,6 +1,7 @@
 """Read checkpoint files without executing anything in them, and fetch released ones."""
 
 import argparse
+import hashlib
 import os
 import pickle
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from timm.models._hub import download_cached_file
+from timm.models._hub import download_cached_file, get_cache_dir
 
 from metaformer.errors import InputError
 
@@ -116,8 +117,9 @@ def fetch(url: str) -> Path:
         InputError: the file cannot be fetched, is damaged or is not a checkpoint. It is then removed from the cache.
     """
     try:
-        # Not every number in a name, as in epoch-12.pth, is a hash.
-        path = Path(download_cached_file(url, check_hash=False, progress=os.isatty(2)))
+        # A folder for each address, since many have a file epoch_12.pth; and not every number in a name is a hash.
+        folder = get_cache_dir(hashlib.sha256(url.encode()).hexdigest()[:8])
+        path = Path(download_cached_file(url, check_hash=False, progress=os.isatty(2), cache_dir=folder))
     except OSError as error:
         raise InputError(f"cannot fetch {url} ({error}): fetch it elsewhere and name the file as checkpoint") from error
     try:

@@ -1,5 +1,6 @@
 """Open a checkpoint as the model that was trained, with its input settings and class names."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +86,12 @@ def with_settings(source: str | Path, model: str | None, found: Settings) -> Ope
         if architecture(found.get("model") or name) != architecture(name):
             raise InputError(f"{path} is a checkpoint of {found['model']}, not of {name}: leave out --model")
         built = build(name, weights, found, path)
-    model_args = {key: value for key, value in (found.get("model_args") or {}).items() if value is not None}
+    usual = {}  # arguments that are those of every model of this name
+    if architecture(name) in variants.VARIANTS:
+        usual = {p.name: p.default for p in signature(MetaFormer).parameters.values()}
+        usual |= variants.variant_arguments(architecture(name))
+    stated = (found.get("model_args") or {}).items()
+    model_args = {key: value for key, value in stated if value is not None and usual.get(key) != value}
     names = found.pop("class_names", None)
     if names and len(names) != built.num_classes:
         raise InputError(f"{path} names {len(names)} classes, but its classifier has {built.num_classes}")

@@ -116,8 +116,9 @@ def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
     except ImportError as error:
         raise InputError("to write a Hugging Face model, transformers is needed: pip install transformers") from error
     model, side = opened.model, opened.size[0]
-    if opened.size != (side, side):
-        raise InputError(f"transformers' processor crops squares, and {opened.name} takes images of {opened.size}")
+    if opened.size != (side, side) or model.in_chans != 3:
+        takes = f"images of {opened.size} with {model.in_chans} channels"
+        raise InputError(f"transformers' processor crops squares of 3 channels, and {opened.name} takes {takes}")
     weights, names = model.state_dict(), opened.class_names or [f"LABEL_{i}" for i in range(model.num_classes)]
     convs = [model.stem, *(stage.downsample for stage in model.stages[1:])]
     mlp = weights.get("stages.0.blocks.0.mlp.fc1.weight")
