@@ -501,15 +501,23 @@ def toolbox_record(task: str, model: str, data: dict, metrics: dict, tta: bool =
     """A record as ResultRecord writes it."""
     config = Config.fromfile(ROOT / f"configs/{task}/{model}.py")
     pipeline = config.tta_pipeline if tta else config.test_dataloader.dataset.pipeline
+    config.model.backbone.init_cfg = None
+    settings = {"seed": 0, "gpus": 0, "model": config.model, "pipeline": [dict(step) for step in pipeline]}
     return {
         **{"kind": task, "model": model, "checkpoint": evaluation()["checkpoint"], "data": data, "metrics": metrics},
-        **{"settings": {"seed": 0, "gpus": 0, "pipeline": [dict(step) for step in pipeline]}, **common()},
+        **{"settings": json.loads(json.dumps(settings)), **common()},
     }
 
 
 def detection(metrics: dict) -> dict:
     data = {"images": 5000, "classes": 80}
     return toolbox_record("detection", "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", data, metrics)
+
+
+def other_threshold() -> dict:
+    record = detection({"coco/bbox_mAP": 0.371})
+    record["settings"]["model"]["test_cfg"]["rcnn"]["score_thr"] = 0.001
+    return record
 
 
 def segmentation(metrics: dict, **changes) -> dict:
@@ -632,8 +640,9 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         (detection({"coco/segm_mAP_50": float("nan")}), "metrics.coco/segm_mAP_50: Input should be a finite number"),
         (segmentation({"mIoU": float("nan")}), "metrics.mIoU: Input should be a finite number"),
         (segmentation({"mIoU": 0.37, "aAcc": 0.78}), "aAcc is 0.78: the metrics are percentages"),
-        (segmentation({"mIoU": 39.0}, tta=True), "settings.pipeline (LoadImageFromFile, TestTimeAug) is not that of"),
-        ({**segmentation({"mIoU": 39.0}), "settings": {}}, "settings.pipeline: Field required"),
+        (segmentation({"mIoU": 39.0}, tta=True), "settings.pipeline is not that of configs/segm"),
+        (other_threshold(), "settings.model is not that of configs/detection/mask-rcnn_poolformer-s12"),
+        ({**segmentation({"mIoU": 39.0}), "settings": {"model": {}}}, "settings.pipeline: Field required"),
         (evaluation(model="poolformer_s21"), "model 'poolformer_s21' is in no table (did you mean 'poolformer_s"),
         (evaluation(data={"classes": 10}), "data.classes is 10, but table2 has 1000"),
         (
@@ -642,6 +651,11 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         ),
         (evaluation(settings={"img_size": 128}), "settings.img_size is 128, but table2 has 224"),
         (evaluation(settings={"img_size": 224, "crop_pct": 1.0}), "settings.crop_pct is 1.0, but table2 has 0.9"),
+        (
+            evaluation(settings={"img_size": 224, "interpolation": "bilinear"}),
+            "settings.interpolation is bilinear, but table2 has bicubic",
+        ),
+        (evaluation(settings={"img_size": 224, "mean": [0.5, 0.5, 0.5]}), "settings.mean is [0.5, 0.5, 0.5], but"),
         (evaluation(settings={"img_size": 224, "model_args": {"dims": [8]}}), "settings.model_args is {'dims': [8]}"),
         (evaluation(epochs=7), "training.epochs is 7"),
         (

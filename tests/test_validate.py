@@ -39,6 +39,14 @@ def test_validate_takes_folders_of_hugging_face(to, validated, pictures, tmp_pat
     assert (own["training"], folder["training"]) == ({"epochs": 300, "seed": 42}, None)
 
 
+def test_a_run_that_has_not_ended_states_the_epochs_so_far(validated, pictures, tmp_path):
+    save_run(tmp_path / "run", data_dir=str(pictures), workers=0)
+    for status, epochs in (("stopped", 7), ("running", 7), ("finished", 300)):
+        record = {"status": status, "epochs": {"done": 7, "planned": 300}}
+        (tmp_path / "run/run.json").write_text(json.dumps(record))
+        assert validated(tmp_path / "run")["training"] == {"epochs": epochs, "seed": 42}
+
+
 def test_classes_are_matched_by_name(validated, tmp_path):
     """Hugging Face's imagefolder sorts capitals before small letters, timm's reader regards no case."""
     draw(tmp_path / "data", val_images=9)

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from timm import get_pretrained_cfg
+
 from metaformer.analysis.cells import Mean, Measurement, Number, Row
 from metaformer.analysis.count import ROOT
 from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
@@ -16,6 +18,7 @@ from metaformer.records import Benchmark, Record, Training, read_record
 from metaformer.records.schema import Classification, Detection, Evaluation, Segmentation
 from metaformer.records.statistics import Results, student
 from metaformer.variants import VARIANTS
+from metaformer.weights.opener import INPUTS
 
 
 class Measured:
@@ -125,16 +128,16 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
     if data["kind"] == "classification" and isinstance(record, Classification | Training):
         fields["settings.img_size"] = record.settings.img_size, row.get("image", 224)
         fields["settings.model_args"] = record.settings.model_args, {}
-    if isinstance(record, Classification) and record.model in VARIANTS and record.settings.crop_pct is not None:
-        fields["settings.crop_pct"] = record.settings.crop_pct, VARIANTS[record.model].crop_pct
+    if isinstance(record, Classification) and record.model in VARIANTS:
+        own = json.loads(json.dumps(get_pretrained_cfg(record.model).to_dict()))
+        given = record.settings.model_dump(exclude_none=True)
+        fields |= {f"settings.{name}": (given[name], own[name]) for name in INPUTS if name in given}
     for field, (found, expected) in fields.items():
         if found != expected:
             raise InputError(f"{path}: {field} is {found}, but {table} has {expected}")
-    if isinstance(record, Detection | Segmentation) and record.settings.pipeline != test_pipeline(row["build"]):
-        steps = ", ".join(str(step.get("type")) for step in record.settings.pipeline)
-        raise InputError(
-            f"{path}: settings.pipeline ({steps}) is not that of {row['build']}: test without --tta or changes"
-        )
+    for part, own in test_settings(row["build"]).items() if isinstance(record, Detection | Segmentation) else []:
+        if getattr(record.settings, part) != own:
+            raise InputError(f"{path}: settings.{part} is not that of {row['build']}: test without --tta or changes")
     known = [row["epochs"] for row in rows_of("table7")]
     if isinstance(record, Evaluation) and epochs_of(record) not in known:
         epochs = ", ".join(map(str, known))
@@ -142,9 +145,10 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
 
 
 @cache
-def test_pipeline(config: str) -> list[dict[str, Any]]:
-    """Steps of the test of a config of mmdet or mmseg, as JSON has them."""
+def test_settings(path: str) -> dict[str, Any]:
+    """Model and steps of the test of a config of mmdet or mmseg, as JSON has them."""
     from mmengine.config import Config  # here: counting and classifiers do not need it
 
-    found = Config.fromfile(ROOT / config, import_custom_modules=False).test_dataloader.dataset.pipeline
-    return json.loads(json.dumps(found))
+    config = Config.fromfile(ROOT / path, import_custom_modules=False)
+    config.model.backbone.init_cfg = None
+    return json.loads(json.dumps({"model": config.model, "pipeline": config.test_dataloader.dataset.pipeline}))

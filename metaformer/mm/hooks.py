@@ -123,7 +123,7 @@ def check_heads(model: nn.Module, classes: Sequence[str]) -> None:
     """Raise if a head, except the RPN and a semantic head beside box heads, predicts another number of classes."""
     for name, head in bare(model).named_modules():
         known = getattr(head, "num_classes", None)
-        if re.search(r"(?<!rpn)(?<!semantic)_head$", name) and known not in (None, len(classes)):
+        if re.search(r"(?<!rpn)(?<!semantic)_head(\.\d+)?$", name) and known not in (None, len(classes)):
             raise InputError(
                 f"model.{name} predicts {known} classes, but the data set has {len(classes)}: "
                 f"use --cfg-options model.{name}.num_classes={len(classes)}"
@@ -151,19 +151,20 @@ def check_schedule(runner: Runner) -> None:
     """
     schedulers = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
     loop, ends = runner.train_loop, []
+    remedy = "a resumed run keeps the schedule of its checkpoint" if runner._resume else "set its end"
     for scheduler in schedulers:
         length, unit = (loop.max_epochs, "epochs") if scheduler.by_epoch else (loop.max_iters, "iterations")
         name = f"{type(scheduler).__name__} of param_scheduler"
         says = f"{name} ends after {scheduler.end} {unit}, training after {length}"
         ends.append((scheduler.end / length, says, scheduler))
         if length < scheduler.end < INF:
-            warn(f"{says}: set its end")
+            warn(f"{says}: {remedy}")
     last = max((share for share, _, _ in ends), default=1)
     for share, says, scheduler in ends:
         if share == last < 1:
             if isinstance(scheduler, PolyLR) and scheduler.eta_min == 0:
-                raise InputError(f"{says}, and the learning rate is 0 in between: set its end")
-            warn(f"{says}, and the learning rate is constant in between: set its end if it should not be")
+                raise InputError(f"{says}, and the learning rate is 0 in between: {remedy}")
+            warn(f"{says}, and the learning rate is constant in between: {remedy}")
 
 
 def check_evaluator(config: Config, split: str) -> None:
@@ -216,10 +217,12 @@ class ResultRecord(Hook):
         checkpoint = Path(runner._load_from or "").expanduser()
         digest = sha256(checkpoint) if checkpoint.is_file() else None
         gpus = runner.world_size if torch.cuda.is_available() else 0
+        model = runner.cfg.model.to_dict()
+        model.get("backbone", {})["init_cfg"] = None
         record = {
             "kind": {"mmdet": "detection", "mmseg": "segmentation"}[runner.cfg.default_scope],
             "checkpoint": {"file": checkpoint.name, "sha256": digest} if runner._load_from else None,
-            "settings": {"seed": runner.seed, "gpus": gpus},
+            "settings": {"seed": runner.seed, "gpus": gpus, "model": model},
             "metrics": {name: float(value) for name, value in metrics.items()},
             **self.provenance,
         }
@@ -259,5 +262,7 @@ def warn(message: str) -> None:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper for several devices or for test-time augmentation."""
-    return model.module if is_model_wrapper(model) or isinstance(model, BaseTTAModel) else model
+    """The model inside the wrappers for several devices and for test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model

@@ -116,21 +116,23 @@ def in_percent(metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-class Pipeline(Part):
+class Tested(Part):
+    """Model, without ``init_cfg``, and steps of the test, as in the config."""
+
+    model: dict[str, Any]
     pipeline: list[dict[str, Any]]
-    """Steps of the test, as in the config."""
 
 
 class Detection(Evaluation):
     kind: Literal["detection"]
-    settings: Pipeline
+    settings: Tested
     metrics: dict[str, Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]]
     """Fractions; mmdet writes -1 where there are no objects of a size."""
 
 
 class Segmentation(Evaluation):
     kind: Literal["segmentation"]
-    settings: Pipeline
+    settings: Tested
     metrics: Annotated[dict[str, Percent], AfterValidator(in_percent)]
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from metaformer.errors import InputError
 from metaformer.provenance import provenance, sha256
 from metaformer.training.batches import Unreadable, checked
+from metaformer.training.checkpoints import read_run
 from metaformer.training.config import Config
 from metaformer.training.data import load_data
 from metaformer.training.distributed import Processes, join
@@ -114,11 +115,14 @@ def validate(
         metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skips)
     names = {"model_args", "img_size", "crop_pct", "interpolation", "mean", "std", "seed"}
     precision = precision_on(config, processes.device)
+    training = {name: opened.config[name] for name in ("epochs", "seed")} if opened.config else None
+    if training and (run := read_run(opened.path.parent)).get("status", "finished") != "finished":
+        training["epochs"] = run["epochs"]["done"]
     record = {
         "kind": "classification",
         "model": config.model,
         "checkpoint": {"file": source.rpartition("/")[2], "sha256": sha256(opened.path) if opened.path else None},
-        "training": {name: opened.config[name] for name in ("epochs", "seed")} if opened.config else None,
+        "training": training,
         "data": data.summary,
         "settings": {**config.model_dump(mode="json", include=names), "precision": precision},
         "metrics": {**metrics, "skipped": len(skipped)},
