@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import load_from_local
@@ -83,6 +84,39 @@ def test_another_model_is_refused(segmentor, tmp_path):
         runner(config, tmp_path / "e", load_from=headless).test()
     with pytest.raises(InputError, match=r"2 missing .* 2 unexpected"):
         runner(config, tmp_path / "f", load_from=headless, resume=True).train()
+
+
+def test_another_variant_of_the_same_shapes_is_refused(segmentor, tmp_path):
+    config, checkpoint = segmentor
+    other = {"model.backbone.variant": "metaformer_s12_identity"}
+    says = r"iter_2\.pth was trained with the backbone poolformer_s12, and the model here is metaformer_s12_identity"
+    with pytest.raises(InputError, match=says):
+        runner(config, tmp_path / "a", load_from=str(checkpoint), **other).test()
+    with pytest.raises(InputError, match=says):
+        runner(config, tmp_path / "b", load_from=str(checkpoint), resume=True, **other).train()
+    cfg = {"_delete_": True, "type": "Pretrained", "checkpoint": str(checkpoint), "prefix": "backbone."}
+    with pytest.raises(InputError, match=says):
+        runner(config, tmp_path / "c", **other, **{"model.backbone.init_cfg": cfg}).train()
+
+
+def test_test_time_augmentation_on_several_devices_takes_the_checkpoint(segmentor, tmp_path):
+    config, checkpoint = segmentor
+    augmented = Config.fromfile(config)
+    augmented.merge_from_dict({"work_dir": str(tmp_path), "load_from": str(checkpoint)})
+    augmented.tta_pipeline[1].transforms[0] = [{"type": "Resize", "scale": (128, 64), "keep_ratio": True}]
+    augmented.test_dataloader.dataset.pipeline = augmented.tta_pipeline
+    augmented.model = {**augmented.tta_model, "module": augmented.model}
+    forget_runs()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        tested = Runner.from_cfg(augmented)
+        alone = tested.model.module
+        tested.model = MMDistributedDataParallel(tested.model)
+        assert tested.test()["mIoU"] >= 0
+    finally:
+        torch.distributed.destroy_process_group()
+    weights = torch.load(checkpoint, weights_only=False)["state_dict"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in alone.state_dict().items())
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "message_hub", "meta"])
@@ -185,6 +219,10 @@ def test_heads_with_classes_of_their_own_are_left_alone():
     check_heads(model, ("a", "b"))
     with pytest.raises(InputError, match=r"model\.roi_head\.bbox_head predicts 2 classes, but the data set has 1"):
         check_heads(model, ("a",))
+    roi_head["bbox_head"] = nn.ModuleList([nn.Identity()])  # as of Cascade R-CNN
+    roi_head["bbox_head"][0].num_classes = 80
+    with pytest.raises(InputError, match=r"model\.roi_head\.bbox_head\.0 predicts 80 classes"):
+        check_heads(model, ("a", "b"))
 
 
 REORDERED, RENAMED = ("house", "ground", "sky"), ("sky", "ground", "hut")
@@ -216,7 +254,7 @@ def test_classes_of_the_checkpoint_must_be_those_of_the_data(segmentor, tmp_path
 
 
 def test_a_schedule_that_ends_before_the_training(segmentor, tmp_path, monkeypatch):
-    config, _ = segmentor
+    config, checkpoint = segmentor
     logged = []
     monkeypatch.setattr(metaformer.mm.hooks, "print_log", lambda message, **_: logged.append(message))
     decay = {"type": "PolyLR", "power": 0.9, "eta_min": 0.0, "begin": 0, "end": 2, "by_epoch": False}
@@ -231,6 +269,11 @@ def test_a_schedule_that_ends_before_the_training(segmentor, tmp_path, monkeypat
     logged.clear()
     runner(config, tmp_path / "c", param_scheduler=[warm_up, {**decay, "begin": 2, "end": 4}]).train()
     assert not [message for message in logged if "param_scheduler" in message]
+    content = torch.load(checkpoint, weights_only=False)
+    content["param_schedulers"][0]["end"] = 2
+    torch.save(content, tmp_path / "ended.pth")
+    with pytest.raises(InputError, match="is 0 in between: a resumed run keeps the schedule of its checkpoint"):
+        runner(config, tmp_path / "d", load_from=str(tmp_path / "ended.pth"), resume=True).train()
 
 
 def test_the_recorded_speed_is_that_of_this_start(segmentor, tmp_path):
@@ -347,6 +390,17 @@ def edit(path: Path, change) -> None:
             lambda d: edit(d / "annotations/train.json", lambda c: c["images"][1].update(width=42)),
             r"001.jpg has 84 x 64 pixels, but .*train.json says 42 x 64",
         ),
+        (lambda d: edit(d / "annotations/train.json", lambda c: c["images"][1].update(id=1)), "two pictures with the"),
+        *(
+            (
+                lambda d, change=change: edit(d / "annotations/train.json", lambda c: change(c["annotations"][2])),
+                "annotation 3 of .*train.json has a category_id that is not listed, or no iscrowd",
+            )
+            for change in (
+                lambda box: box.update(category_id=2),
+                lambda box: box.pop("iscrowd"),
+            )
+        ),
         (
             lambda d: edit(
                 d / "annotations/train.json", lambda c: [a.pop("segmentation") for a in c["annotations"][:1]]
@@ -410,6 +464,28 @@ def test_wrong_segmentation_data(tmp_path, spoil, says):
     sentence = as_raised(caught.value)
     assert re.search(says, sentence)
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"metainfo": {"CLASSES": SCENES}},
+            r"CheckedSegDataset has no classes: name them with metainfo=dict\(classes=",
+        ),
+        # mmseg would take the label 0 for a wall, which is the first of ADE20K's classes, and ignore the others.
+        (
+            {"type": "CheckedADE20KDataset", "metainfo": {"classes": ("floor", "wall", "door")}},
+            r"CheckedADE20KDataset has other classes \(class 0 is 'wall' of 150 here and 'floor' of 3 there\): use",
+        ),
+        ({"ann_file": "splits/none.txt"}, r"there is no list of pictures .*splits/none\.txt"),
+    ],
+)
+def test_segmentation_data_of_another_layout(tmp_path, changes, says):
+    config = Config.fromfile(segmentation_config(tmp_path / "tiny.py", draw_scenes(tmp_path / "data")))
+    init_default_scope("mmseg")
+    with pytest.raises(InputError, match=says):
+        DATASETS.build({**config.train_dataloader.dataset, **changes})
 
 
 def test_a_loader_process_names_the_file_as_well(tmp_path):

@@ -11,7 +11,7 @@ class CheckedDataset:
     """Mixin for data sets of mmengine. Errors in the preparation of a sample name the picture.
 
     Raises:
-        InputError: ``classes`` is one text instead of several names, or a picture cannot be used.
+        InputError: ``classes`` is one text instead of several names or missing, or a picture cannot be used.
     """
 
     @classmethod
@@ -22,7 +22,10 @@ class CheckedDataset:
                 f"classes is the text {classes!r}, each letter of which would be a class: write a tuple with a comma, "
                 f"classes=({classes!r},)"
             )
-        return super()._load_metainfo(metainfo)
+        found = super()._load_metainfo(metainfo)
+        if not found.get("classes"):
+            raise InputError(f"{cls.__name__} has no classes: name them with metainfo=dict(classes=(...))")
+        return found
 
     def prepare_data(self, idx: int) -> Any:
         try:

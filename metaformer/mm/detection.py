@@ -18,12 +18,19 @@ COCO_PAGE = "https://cocodataset.org/#download"
 class CheckedCoco(COCO):
     """An annotation file whose categories must be the classes asked for, in the same order.
 
-    mmdet numbers the classes it finds 0, 1, ... in the order of the file, whatever the order of ``classes``.
+    mmdet numbers the classes it finds 0, 1, ... in the order of the file, whatever the order of ``classes``. It leaves
+    out a box of an unknown category and a picture whose id occurs again, and cannot evaluate a box without ``iscrowd``.
     """
 
     def __init__(self, annotation_file: str):
         super().__init__(annotation_file)
         self.path = annotation_file
+        if len(self.imgs) < len(self.dataset["images"]):
+            raise InputError(f"{self.path} has two pictures with the same id")
+        for box in self.anns.values():
+            if box["category_id"] not in self.cats or "iscrowd" not in box:
+                says = "a category_id that is not listed, or no iscrowd (0 for a single object)"
+                raise InputError(f"annotation {box['id']} of {self.path} has {says}")
 
     def get_cat_ids(self, cat_names: tuple[str, ...]) -> list[int]:
         ids, asked = super().get_cat_ids(cat_names), list(cat_names)

@@ -1,5 +1,6 @@
 """Registers the backbone, the hooks and data sets for mmseg: ``custom_imports = dict(imports=[...])`` names it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from metaformer.errors import InputError
 from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
 from metaformer.mm.data import CheckedDataset, check_there, first_sample
+from metaformer.mm.hooks import different_classes
 
 ADE20K_PAGE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 
@@ -18,11 +20,20 @@ class CheckedSegmentation(CheckedDataset):
     """Mixin for data sets of mmseg that refuses bad data.
 
     Raises:
-        InputError: a folder, a picture or the label map of a picture is missing. While samples are made: a label map is
-            not one byte per pixel, has another size than its picture, or a label outside the classes.
+        InputError: the classes are others than those of the data set; a folder, the list of pictures, a picture or the
+            label map of a picture is missing. While samples are made: a label map is not one byte per pixel, has
+            another size than its picture, or a label outside the classes.
     """
 
+    @classmethod
+    def get_label_map(cls, new_classes: Sequence[str]) -> None:
+        # mmseg would give the labels of a map new numbers, by the place of their names in METAINFO.
+        if difference := different_classes(cls.METAINFO.get("classes", new_classes), new_classes):
+            raise InputError(f"{cls.__name__} has other classes ({difference}): use type='CheckedSegDataset' for yours")
+
     def load_data_list(self) -> list[dict[str, Any]]:
+        if self.ann_file and not Path(self.ann_file).exists():
+            raise InputError(f"there is no list of pictures {self.ann_file} (from {Path.cwd()}), which ann_file names")
         for folder in filter(None, (self.data_prefix.get("img_path"), self.data_prefix.get("seg_map_path"))):
             if not Path(folder).is_dir():
                 raise InputError(
