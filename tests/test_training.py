@@ -190,6 +190,19 @@ def test_class_names_are_in_the_order_of_the_labels(tmp_path):
     assert all(names[dataset[i][1]] == Path(dataset.filename(i)).parts[0] for i in range(len(dataset)))
 
 
+def test_classes_are_counted_by_their_labels_where_a_label_has_several_names(pictures, tmp_path):
+    """A class map can join folders, and torchvision's ImageNet lists the synonyms of its classes."""
+    joined = ["dataset_args={class_map: {a: 0, b: 0, c: 2}}", f"data_dir={pictures}"]
+    with pytest.raises(InputError, match=r"does not tell its number of classes: give num_classes=N"):
+        load_data(load_config(joined), workers=0)
+    data = load_data(load_config([*joined, "num_classes=3"]), workers=0)
+    assert (data.num_classes, data.class_names) == (3, None)
+    shutil.copytree(pictures, tmp_path / "imagenet")
+    torch.save(({"a": ("tench", "Tinca tinca"), "b": ("crane",), "c": ("crane",)}, []), tmp_path / "imagenet/meta.bin")
+    data = load_data(load_config(["dataset=torch/imagenet", f"data_dir={tmp_path / 'imagenet'}"]), workers=0)
+    assert (data.num_classes, data.class_names) == (3, ["a", "b", "c"])
+
+
 def test_a_config_goes_before_its_base(tmp_path):
     (tmp_path / "base.yaml").write_text("epochs: 7\nlr: 0.5\n")
     (tmp_path / "mine.yaml").write_text("base: base.yaml\nepochs: 9\n")

@@ -91,6 +91,7 @@ def test_imagenet_s_folders_and_descriptions_are_the_same_classes():
 
 def test_wrong_input_to_validate(pictures, tmp_path, command):
     save_run(tmp_path / "run", data_dir=str(pictures), workers=0)
+    save_run(tmp_path / "vit", model="vit_tiny_patch16_224", model_args={"img_size": 32, "depth": 1})
     root = draw(tmp_path / "data")
     (root / "val" / "c").rename(root / "val" / "d")
     folder = tmp_path / "run"
@@ -104,6 +105,7 @@ def test_wrong_input_to_validate(pictures, tmp_path, command):
             r"is a checkpoint of poolformer_s12, not of poolformer_s24",
         ),
         ([folder, "model_args={}"], r"another architecture"),
+        ([tmp_path / "vit", "img_size=64"], r"vit_tiny_patch16_224 does not take RGB images of 64 x 64 pixels"),
         ([folder, "data_dir=nowhere"], r"there is no data folder nowhere"),
         ([folder, "num_classes=4"], r"num_classes is 4, but .* has 3 classes"),
     ]:

@@ -104,6 +104,13 @@ def copied(pictures, root):
         (["checkpoint=nowhere.pt"], r"there is no checkpoint nowhere.pt"),
         (["output=empty.yaml/run"], r"cannot write empty.yaml/run: Not a directory"),
         (["precision=float16"], r"precision=float16 needs a GPU"),
+        (
+            ["model=vit_tiny_patch16_224", "model_args={depth: 1}"],
+            r"vit_tiny_patch16_224 does not take RGB images of 32 x 32 pixels \(.*224.*\): .*model_args={img_size: 32}",
+        ),
+        (["model=resnet10t", "model_args={in_chans: 1}"], r"does not take RGB images of 32 x 32 pixels \(.*1 channels"),
+        (["model=resnet10t", "model_args={output_stride: 64}"], r"resnet10t does not take these arguments: Assertion"),
+        (["model=dla46_c", "model_args={}", "grad_checkpointing=true"], r"dla46_c does not take grad_checkpointing"),
     ],
 )
 def test_settings(settings, sentence, run):

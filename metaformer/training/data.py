@@ -125,10 +125,16 @@ def check_folder(root: str | None, split: str) -> None:
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """Names of the classes in the order of their labels, where the data set tells them."""
+    """Names of the classes in the order of their labels, where the data set has one name for each label from 0.
+
+    A ``class_map`` can join classes or leave out labels.
+    """
     reader = getattr(dataset, "reader", dataset)
-    mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # the latter: tars
-    return sorted(mapping, key=mapping.get) if mapping else None
+    # torchvision's ImageNet (its class_to_idx has synonyms), timm's tars, and all others
+    found = (getattr(reader, name, None) for name in ("wnid_to_idx", "class_name_to_idx", "class_to_idx"))
+    mapping = next(filter(None, found), {})
+    names = sorted(mapping, key=mapping.get)
+    return names if names and [mapping[name] for name in names] == list(range(len(names))) else None
 
 
 def check_same_classes(config: Config, train: list[str] | None, val: list[str] | None) -> None:

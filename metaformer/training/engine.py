@@ -68,7 +68,10 @@ class Trainer:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model.to(self.device, memory_format=layout)
         if config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except (AssertionError, AttributeError) as error:  # timm's models without it
+                raise InputError(f"{config.model} does not take grad_checkpointing=true: leave it out") from error
         if config.compile:
             model.compile(dynamic=False)  # else the kernels would depend on the sizes seen before
         self.cast = autocast(config, self.device)

@@ -30,9 +30,10 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
             sorted into this order. With ``replace_head``, a new classifier replaces it if the names differ.
 
     Raises:
-        InputError: the model does not exist or does not take the arguments, or the checkpoint does not fit.
+        InputError: the model does not exist, does not take the arguments or the images, or the checkpoint does not fit.
     """
     model = create(config.model, num_classes, arguments_of(config.model, dict(config)), config.pretrained)
+    check_input(model, config)
     if not config.checkpoint:
         return model
     checkpoint = read_checkpoint(config.checkpoint)
@@ -45,6 +46,20 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
     else:
         match_classes(model, trained, class_names, config.checkpoint)
     return model
+
+
+def check_input(model: nn.Module, config: Config) -> None:
+    """Raise an ``InputError`` if the model does not take RGB images of ``img_size``, which one image shows."""
+    side, training, like = config.img_size, model.training, next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(like.new_zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError) as error:  # timm's and PyTorch's
+        raise InputError(
+            f"{config.model} does not take RGB images of {side} x {side} pixels ({' '.join(str(error).split())}): use "
+            f"another img_size=, or where the model has such an argument, model_args={{img_size: {side}}}"
+        ) from error
+    model.train(training)
 
 
 def match_classes(model: nn.Module, trained: list[str] | None, data: list[str] | None, source: str) -> None:
@@ -83,7 +98,7 @@ def settings_of(opened: Opened, overrides: dict[str, Any]) -> Config:
     """The settings to use an opened checkpoint with: those of its run and its input, replaced by ``overrides``.
 
     Raises:
-        InputError: a setting does not exist, or the model's images are not square.
+        InputError: a setting does not exist, the model's images are not square, or it does not take those of img_size.
     """
     source, (height, width) = str(opened.path or opened.name), opened.size
     if height != width:
@@ -98,7 +113,9 @@ def settings_of(opened: Opened, overrides: dict[str, Any]) -> Config:
         **opened.inputs,
     }
     start = {"model": opened.name, "pretrained": False, "checkpoint": None, "replace_head": False}
-    return check({**own, **run, **overrides, **start}, source=source)
+    config = check({**own, **run, **overrides, **start}, source=source)
+    check_input(opened.model, config)
+    return config
 
 
 def released_weights(config: Config) -> dict[str, str] | None:

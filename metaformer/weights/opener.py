@@ -137,8 +137,8 @@ def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretra
         raise InputError(f"there is no model {name!r}{nearest(str(name), timm.list_models())}")
     try:  # timm leaves out arguments that are None, so a model without drop path works too
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
-    except TypeError as error:
-        raise InputError(f"{name} does not take these arguments: {error}") from error
+    except (AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise InputError(f"{name} does not take these arguments: {str(error) or type(error).__name__}") from error
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if pretrained and "loading state_dict" not in reason:
