@@ -344,6 +344,18 @@ def test_fine_tuning_on_other_classes(run, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head"))
 
 
+def test_a_run_continues_without_the_checkpoint_that_it_began_with(run, monkeypatch):
+    first = run("epochs=1")
+    settings = [f"checkpoint={first / 'best.pt'}", "seed=43"]
+    whole = run(*settings, output="whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=2)
+        stopped = run(*settings, output="stopped", status=128 + signal.SIGTERM)
+    shutil.rmtree(first)
+    assert trained("stopped") == 0
+    assert same_weights(whole, stopped)
+
+
 def test_data_sets_of_every_kind(run, pictures, tmp_path):
     """The same pictures as folders, tars, torchvision's ImageFolder, WebDataset and a Hugging Face data set."""
     import datasets

@@ -136,6 +136,12 @@ def test_config_files(text, sentence, tmp_path):
         trained(str(tmp_path / "mine.yaml"))
 
 
+def test_the_batch_that_is_proposed_for_few_pictures_suits_mixup(run, tmp_path):
+    data = draw(tmp_path / "few", train_images=9)
+    with pytest.raises(InputError, match=r"larger than the 9 training images: use global_batch=8 or less"):
+        run(f"data_dir={data}", "global_batch=10", "mixup=0.8")
+
+
 def test_empty_data_folder(run, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)

@@ -60,7 +60,10 @@ class Trainer:
         hashes = {name: self.data.summary[name] for name in sorted(HASHES)}
         self.progress = checkpoints.Progress(starts=[{**provenance(), **hashes}])
         seed_everything(config.seed)
-        self.model = model = build_model(config, self.data.num_classes, self.data.class_names)
+        start = config
+        if config.resume and (checkpoints.folder_of(config) / "last.pt").is_file():  # the weights are loaded from there
+            start = config.model_copy(update={"pretrained": False, "checkpoint": None})
+        self.model = model = build_model(start, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
         settings = config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE - {"bad_pictures", "log_interval"})
         # Those two determine when the processes communicate.
@@ -85,7 +88,7 @@ class Trainer:
         if images < config.global_batch:
             raise InputError(
                 f"global_batch={config.global_batch} is larger than the {images} training images: "
-                f"use global_batch={images - images % processes.world} or less"
+                f"use global_batch={images - images % (2 * processes.world)} or less"  # even passes, for Mixup
             )
         self.batches = TrainBatches(
             images, self.device_batch, self.passes, processes.rank, processes.world, config.seed
