@@ -47,6 +47,15 @@ def test_a_run_that_has_not_ended_states_the_epochs_so_far(validated, pictures, 
         assert validated(tmp_path / "run")["training"] == {"epochs": epochs, "seed": 42}
 
 
+@pytest.mark.parametrize("setting", ["crop_pct", "interpolation", "mean", "std"])
+def test_null_is_the_value_of_the_checkpoint(setting, validated, pictures, tmp_path):
+    own = {"crop_pct": 0.5, "interpolation": "nearest", "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+    save_run(tmp_path / "run", data_dir=str(pictures), workers=0, **own)
+    plain, null = validated(tmp_path / "run"), validated(tmp_path / "run", f"{setting}=null")
+    assert null["settings"] == plain["settings"]
+    assert null["metrics"]["loss"] == plain["metrics"]["loss"]
+
+
 def test_classes_are_matched_by_name(validated, tmp_path):
     """Hugging Face's imagefolder sorts capitals before small letters, timm's reader regards no case."""
     draw(tmp_path / "data", val_images=9)

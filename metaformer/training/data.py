@@ -86,18 +86,12 @@ def open_split(config: Config, split: str, workers: int, is_training: bool = Fal
     if not name or name in ("folder", "torch/image_folder", "torch/folder"):
         check_folder(root, split)
     # These readers would make greys of 16 bits white; batches.to_rgb does not.
-    colours = {"input_img_mode": ""} if name.startswith(("wds/", "hfids/")) else {}
+    options = {"input_img_mode": ""} if name.startswith(("wds/", "hfids/")) else {}
+    options |= config.dataset_args
     try:
         if name == "mnist5k":
             return Digits(is_training)
-        dataset = create_dataset(
-            name,
-            root=root,
-            split=split,
-            is_training=is_training,
-            seed=config.seed,
-            **{**colours, **config.dataset_args},
-        )
+        dataset = create_dataset(name, root=root, split=split, is_training=is_training, seed=config.seed, **options)
         if isinstance(dataset, IterableDataset):  # a stream is shared out among the loader processes
             dataset.set_loader_cfg(num_workers=workers)
             if not count(dataset):

@@ -106,16 +106,11 @@ def settings_of(opened: Opened, overrides: dict[str, Any]) -> Config:
             f"{source} takes images of {height} x {width} pixels, and pictures are cropped to squares only"
         )
     run = {name: value for name, value in (opened.config or {}).items() if value is not None}
-    own = {
-        "model_args": opened.model_args,
-        "img_size": height,
-        "num_classes": opened.model.num_classes,
-        **opened.inputs,
-    }
+    own = {"model_args": opened.model_args, "img_size": height, "num_classes": opened.model.num_classes}
     start = {"model": opened.name, "pretrained": False, "checkpoint": None, "replace_head": False}
-    config = check({**own, **run, **overrides, **start}, source=source)
+    config = check({**own, **opened.inputs, **run, **overrides, **start}, source=source)
     check_input(opened.model, config)
-    return config
+    return with_input_of(config, opened.model)
 
 
 def released_weights(config: Config) -> dict[str, str] | None:
