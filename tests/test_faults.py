@@ -484,7 +484,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "optimizer_step", step)
-        with pytest.raises(MachineError, match=r"^a process of the loader has died \(.*killed by signal.*\), most often for lack"):
+        with pytest.raises(MachineError, match=r"^a process of the loader has died \(.*killed by signal.*\), most often"):
             run(*EVERYTHING_RANDOM, "workers=1", output="killed")
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "failed"
     assert trained("killed") == 0
@@ -511,7 +511,7 @@ def test_a_loader_process_is_named_once_where_pytorch_notices_late():
 def test_a_broken_connection_to_a_loader_process_is_one_that_died(error):
     with (
         pytest.raises(
-            MachineError, match=r"^a process of the loader has died \((.*reset by peer|EOFError)\), most often for lack"
+            MachineError, match=r"^a process of the loader has died \((.*reset by peer|EOFError)\), most often"
         ),
         loader.loader_processes(),
     ):
