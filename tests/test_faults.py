@@ -484,7 +484,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "optimizer_step", step)
-        with pytest.raises(MachineError, match=r"^a process of the loader has died \(.*killed by signal.*\), most often"):
+        with pytest.raises(MachineError, match=r"^a process of the loader has died \(.*killed by signal.*\), most"):
             run(*EVERYTHING_RANDOM, "workers=1", output="killed")
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "failed"
     assert trained("killed") == 0
