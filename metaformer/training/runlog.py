@@ -202,7 +202,8 @@ class Events:
 
 
 def plot(history: list[dict[str, float]], title: str) -> Figure:
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.15)  # a computed layout would draw everything twice
     figure.suptitle(title)
     panels = {
         "cross-entropy": {"train_loss": "training (augmented)", "val_loss": "validation"},
