@@ -3,7 +3,8 @@
 Shapes: B images, C channels, H x W positions; every feature map is (B, C, H, W).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
@@ -86,7 +87,7 @@ class MetaFormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and not torch.jit.is_scripting():
-            return checkpoint(self.plain, x)
+            return recomputed(self.plain, x, self)
         return self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -101,6 +102,23 @@ class MetaFormerBlock(nn.Module):
             branch = layer_scale[:, None, None] * branch
         branch = self.drop_path(branch)
         return x + branch if self.residual else branch
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+    """``function(x)``, computed again in the backward pass; buffers of ``module`` are updated only the first time."""
+    if torch.compiler.is_compiling():  # a compiled backward pass repeats no update
+        return checkpoint(function, x)
+    return checkpoint(function, x, context_fn=lambda: (nullcontext(), buffers_kept(module)))
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def init_linear(layer: nn.Linear | nn.Conv2d) -> None:

@@ -131,7 +131,7 @@ class MetaFormer(nn.Module):
         """Recompute activations in the backward pass instead of keeping them.
 
         A block keeps one map of C channels and repeats its forward pass. A fused block keeps two and repeats one matrix
-        product.
+        product. A block of another class has to follow its attribute ``recompute`` itself.
         """
         for stage in self.stages:
             for block in stage.blocks:

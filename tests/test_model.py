@@ -332,16 +332,21 @@ def test_torch_export_with_dynamic_batch_and_size(images):
             assert relative_error(exported(x), model(x)) < 1e-5
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(images):
-    model = randomise(MetaFormer(**SMALL, drop_path_rate=0.5, fused=False)).train()
+@pytest.mark.parametrize("norm_layers", [metaformer.MLN, nn.BatchNorm2d])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(images, norm_layers):
+    """Neither gradients nor the running statistics of batch norms."""
+    model = randomise(MetaFormer(**SMALL, norm_layers=norm_layers, drop_path_rate=0.5, fused=False)).train()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     results = []
     for enable in (False, True):
+        model.load_state_dict(start)
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         runs = []
         hook = model.stages[2].blocks[1].norm1.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         torch.manual_seed(0)
-        results.append({name: grad.clone() for name, grad in gradients(model, model(images)).items()})
+        found = {**gradients(model, model(images)), **dict(model.named_buffers(prefix="buffer"))}
+        results.append({name: tensor.clone() for name, tensor in found.items()})
         hook.remove()
         assert len(runs) == 1 + enable
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
