@@ -497,21 +497,25 @@ def common() -> dict:
     return {key: evaluation()[key] for key in ("command", "commit", "versions", "hardware", "date")}
 
 
-def toolbox_record(task: str, model: str, data: dict, metrics: dict, tta: bool = False) -> dict:
-    """A record as ResultRecord writes it."""
+def toolbox_record(task: str, model: str, data: dict, metrics: dict, tta: bool = False, **changes) -> dict:
+    """A record as ResultRecord writes it, with changes of its settings."""
     config = Config.fromfile(ROOT / f"configs/{task}/{model}.py")
     pipeline = config.tta_pipeline if tta else config.test_dataloader.dataset.pipeline
     config.model.backbone.init_cfg = None
-    settings = {"seed": 0, "gpus": 0, "model": config.model, "pipeline": [dict(step) for step in pipeline]}
+    evaluator = {name: value for name, value in config.test_evaluator.items() if name != "ann_file"}
+    settings = {
+        **{"seed": 0, "gpus": 0, "model": config.model, "pipeline": pipeline, "batch_size": 1},
+        **{"loop": {"type": "TestLoop"}, "evaluators": [evaluator], **changes},
+    }
     return {
         **{"kind": task, "model": model, "checkpoint": evaluation()["checkpoint"], "data": data, "metrics": metrics},
         **{"settings": json.loads(json.dumps(settings)), **common()},
     }
 
 
-def detection(metrics: dict) -> dict:
+def detection(metrics: dict, **changes) -> dict:
     data = {"images": 5000, "classes": 80}
-    return toolbox_record("detection", "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", data, metrics)
+    return toolbox_record("detection", "mask-rcnn_poolformer-s12_fpn_8xb2-1x_coco", data, metrics, **changes)
 
 
 def other_threshold() -> dict:
@@ -641,8 +645,16 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         (segmentation({"mIoU": float("nan")}), "metrics.mIoU: Input should be a finite number"),
         (segmentation({"mIoU": 0.37, "aAcc": 0.78}), "aAcc is 0.78: the metrics are percentages"),
         (segmentation({"mIoU": 39.0}, tta=True), "settings.pipeline is not that of configs/segm"),
+        *(
+            (detection({"coco/bbox_mAP": 0.5}, **change), f"settings.{part} is not that of configs/detection/mask-rcnn")
+            for part, change in (
+                ("evaluators", {"evaluators": [{"type": "CocoMetric", "metric": ["bbox", "segm"], "iou_thrs": [0.5]}]}),
+                ("batch_size", {"batch_size": 8}),
+                ("loop", {"loop": {"type": "TestLoop", "fp16": True}}),
+            )
+        ),
         (other_threshold(), "settings.model is not that of configs/detection/mask-rcnn_poolformer-s12"),
-        ({**segmentation({"mIoU": 39.0}), "settings": {"model": {}}}, "settings.pipeline: Field required"),
+        ({**segmentation({"mIoU": 39.0}), "settings": {}}, "settings.model is not that of configs/segm"),
         (evaluation(model="poolformer_s21"), "model 'poolformer_s21' is in no table (did you mean 'poolformer_s"),
         (evaluation(data={"classes": 10}), "data.classes is 10, but table2 has 1000"),
         (

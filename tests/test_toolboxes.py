@@ -271,7 +271,7 @@ def test_a_classifiers_norm_is_no_level_with_a_prefix_either(tmp_path, official)
 
 @pytest.mark.parametrize("source", ["file:///tmp/x.pt", "hf://a/b", "gs://a/b.pth"])
 def test_an_address_that_nothing_can_read_is_refused(source):
-    with pytest.raises(InputError, match=f"{source} has an unknown scheme: give a path or an http"):
+    with pytest.raises(InputError, match=f"there is no checkpoint {Path(source)}"):
         CheckpointLoader.load_checkpoint(source)
 
 
@@ -574,6 +574,7 @@ def test_a_detector_is_trained_tested_through_mim_and_resumed(trained_detector):
     assert record["data"]["images"] == 4
     model = record["settings"]["model"]
     assert (model["backbone"]["depths"], model["test_cfg"]["rpn"]["max_per_img"]) == ([1, 1, 1, 1], 20)
+    assert record["settings"]["evaluators"] == [{"type": "CocoMetric", "metric": ["bbox", "segm"]}]
     assert len(record["checkpoint"]["sha256"]) == 64
 
     targets = records.import_records([folder / "work_dirs/street"], folder / "results")
@@ -633,7 +634,7 @@ def test_mim_ends_in_a_sentence_without_the_data(tmp_path):
     training, mims = printed.split("\nTraceback", 1)
     assert re.search(r"^error: there is no annotation file data/.*cocodataset.org", training, re.M)
     assert "returned non-zero exit status 2." in mims
-    with pytest.raises(InputError, match=r"there is no folder data/.*data\.csail\.mit\.edu"):
+    with pytest.raises(InputError, match=r"there is no picture .* in data/.*data\.csail\.mit\.edu"):
         tool(mmseg, "train", CONFIGS["fpn_poolformer-s12"], *SCRATCH, folder=tmp_path)
 
 
@@ -717,8 +718,8 @@ def test_predict_names_what_is_wrong(trained_segmentor, command, tmp_path):
     for arguments, says in (
         ([*known, "no.jpg"], "there is no picture no.jpg"),
         ([*known, known[1]], "is not a picture"),
-        ([*known, here, "--device", "gpu"], "there is no device 'gpu'"),
-        ([*known, here, "--device", "cuda:99"], "there is no device 'cuda:99'"),
+        ([*known, here, "--device", "gpu"], "argument --device: invalid choice: 'gpu'"),
+        ([*known, here, "--device", "cuda:99"], "argument --device: invalid choice: 'cuda:99'"),
         (["no.py", *known], "there is no config no.py"),
         ([tmp_path / "broken.py", *known], "cannot read the config"),
         ([tmp_path / "list.yaml", *known], "cannot read the config"),

@@ -267,8 +267,9 @@ def test_a_schedule_that_ends_before_the_training(segmentor, tmp_path, monkeypat
     runner(config, tmp_path / "b", param_scheduler=[{**decay, "eta_min": 1e-5}, warm_up]).train()
     assert "PolyLR of param_scheduler ends after 2 iterations, training after 4, and the learning rate is" in logged[0]
     logged.clear()
-    runner(config, tmp_path / "c", param_scheduler=[warm_up, {**decay, "begin": 2, "end": 4}]).train()
-    assert not [message for message in logged if "param_scheduler" in message]
+    whole, for_four = [warm_up, {**decay, "begin": 2, "end": 4}], {"auto_scale_lr.base_batch_size": 4}
+    runner(config, tmp_path / "c", param_scheduler=whole, **for_four).train()
+    assert not [message for message in logged if "param_scheduler" in message or "learning rate" in message]
     content = torch.load(checkpoint, weights_only=False)
     content["param_schedulers"][0]["end"] = 2
     torch.save(content, tmp_path / "ended.pth")
@@ -314,11 +315,33 @@ def test_crops_of_another_size_than_the_batch_is_padded_to(tmp_path):
 
 
 def test_an_evaluator_of_other_data_is_refused(tmp_path):
+    """Also beside hooks of one's own."""
     data = draw_coco(tmp_path / "data")
     config = detection_config(tmp_path / "tiny.py", data, base="retinanet")
     other = {"val_evaluator.ann_file": str(data / "annotations/train.json")}
     with pytest.raises(InputError, match=r"val_evaluator\.ann_file is .*train\.json, but .* reads .*val\.json"):
-        runner(config, tmp_path / "run", **other).train()
+        runner(config, tmp_path / "run", **other, custom_hooks=[{"type": "EMAHook"}]).train()
+
+
+@pytest.mark.parametrize("step", ["train", "test"])
+def test_masks_that_only_the_evaluation_needs(tmp_path, step):
+    data = draw_coco(tmp_path / "data")
+    edit(data / "annotations/val.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    config = detection_config(tmp_path / "tiny.py", data)
+    split = {"train": "val", "test": "test"}[step]
+    with pytest.raises(InputError, match=f"{split}_dataloader has boxes without a mask .* in 4 of 4 pictures"):
+        getattr(runner(config, tmp_path / "run"), step)()
+
+
+def test_the_learning_rate_is_for_another_number_of_pictures(segmentor, tmp_path, monkeypatch):
+    config, _ = segmentor
+    logged = []
+    monkeypatch.setattr(metaformer.mm.hooks, "print_log", lambda message, **_: logged.append(message))
+    accumulated, short = {"optim_wrapper.accumulative_counts": 4}, {"train_cfg.max_iters": 1}
+    with pytest.raises(InputError, match=r"auto_scale_lr ignores accumulative_counts=4 of optim_wrapper: scale lr"):
+        runner(config, tmp_path / "a", **accumulated, **{"auto_scale_lr.enable": True}).train()
+    runner(config, tmp_path / "b", **accumulated, **short).train()
+    assert "the base has a learning rate for 32 pictures and a step takes 16: see auto_scale_lr.enable" in logged
 
 
 def test_a_config_that_replaces_our_imports_still_reads_checkpoints_safely(segmentor, tmp_path, monkeypatch):
@@ -364,48 +387,64 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+def corners(annotation: dict) -> list[int]:
+    x, y, width, height = annotation["bbox"]
+    return [x, y, x + width, y + height]
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda d: (d / "train/003.jpg").unlink(), r"train.json names .*003.jpg, which is not there"),
-        (lambda d: [p.unlink() for p in (d / "train").iterdir()], r"names .*jpg and 7 more files, which are not there"),
+        (lambda d: (d / "train/003.jpg").unlink(), r"train.json names files that are not there \(1\), first .*003.jpg"),
+        (lambda d: [p.unlink() for p in (d / "train").iterdir()], r"names files that are not there \(8\), first .*jpg"),
         (lambda d: (d / "annotations/train.json").unlink(), r"there is no annotation file .*cocodataset.org"),
         (lambda d: (d / "annotations/train.json").write_text('{"images": [{"id'), "not an annotation file"),
-        (lambda d: (d / "annotations/train.json").write_text('{"images": []}'), "not an annotation file|0 of the 2"),
+        (
+            lambda d: (d / "annotations/train.json").write_text('{"images": []}'),
+            "not an annotation file|has other classes",
+        ),
         (lambda d: edit(d / "annotations/train.json", lambda c: c.update(annotations=[])), "no picture with a box"),
-        (lambda d: edit(d / "annotations/train.json", lambda c: c.update(images=[])), "lists no picture"),
+        (lambda d: edit(d / "annotations/train.json", lambda c: c.update(images=[])), "no picture with a box"),
         (
             lambda d: edit(d / "annotations/train.json", lambda c: c["categories"][1].update(name="cat")),
-            "has 1 of the 2 classes",
+            r"has other classes than the 2 of metainfo, .* use metainfo=dict\(classes=\('square', 'cat'\)\)",
         ),
         (
             lambda d: edit(d / "annotations/train.json", lambda c: c["categories"].append({"id": 9, "name": "disc"})),
-            "has 3 of the 2 classes",
+            r"has other classes than the 2 .* use metainfo=dict\(classes=\('square', 'disc', 'disc'\)\)",
         ),
         (
             lambda d: edit(d / "annotations/train.json", lambda c: c["categories"].reverse()),
-            r"train.json lists the classes in another order .* use metainfo=dict\(classes=\('disc', 'square'\)\)",
+            r"train.json has .* in another order, .* use metainfo=dict\(classes=\('disc', 'square'\)\)",
         ),
         (
             lambda d: edit(d / "annotations/train.json", lambda c: c["images"][1].update(width=42)),
-            r"001.jpg has 84 x 64 pixels, but .*train.json says 42 x 64",
+            r"001.jpg has the height and width \(64, 84\), but .*train.json has \(64, 42\) for it",
         ),
         (lambda d: edit(d / "annotations/train.json", lambda c: c["images"][1].update(id=1)), "two pictures with the"),
         *(
             (
                 lambda d, change=change: edit(d / "annotations/train.json", lambda c: change(c["annotations"][2])),
-                "annotation 3 of .*train.json has a category_id that is not listed, or no iscrowd",
+                rf"annotation {number} of .*train.json needs a listed category_id, an iscrowd .* an id above 0",
             )
-            for change in (
-                lambda box: box.update(category_id=2),
-                lambda box: box.pop("iscrowd"),
+            for number, change in (
+                (3, lambda box: box.update(category_id=2)),
+                (3, lambda box: box.pop("iscrowd")),
+                (0, lambda box: box.update(id=0)),
+                (3, lambda box: box["bbox"].pop()),
             )
+        ),
+        (
+            lambda d: edit(
+                d / "annotations/train.json", lambda c: [a.update(bbox=corners(a)) for a in c["annotations"]]
+            ),
+            r"has \d+ of 16 boxes that reach beyond their pictures, as if they were corners x1, y1, x2, y2: write",
         ),
         (
             lambda d: edit(
                 d / "annotations/train.json", lambda c: [a.pop("segmentation") for a in c["annotations"][:1]]
             ),
-            "boxes without a mask .* in 1 of 8 pictures, first in .*000.jpg: Mask R-CNN needs",
+            "train.json has boxes without a mask .* in 1 of 8 pictures, first in .*000.jpg: Mask R-CNN needs",
         ),
     ],
 )
@@ -419,8 +458,10 @@ def test_wrong_detection_data(tmp_path, spoil, says):
 
 
 def test_boxes_alone_are_enough_for_retinanet(tmp_path):
+    """Also if one reaches beyond its picture by some pixels."""
     data = draw_coco(tmp_path / "data")
     edit(data / "annotations/train.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    edit(data / "annotations/train.json", lambda c: c["annotations"][0].update(bbox=[60, 48, 24, 20]))
     config = Config.fromfile(detection_config(tmp_path / "tiny.py", data, base="retinanet"))
     init_default_scope("mmdet")
     assert len(list(Runner.build_dataloader(config.train_dataloader))) == 4
@@ -429,10 +470,10 @@ def test_boxes_alone_are_enough_for_retinanet(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda d: [p.unlink() for p in (d / "annotations/training").iterdir()], "names .*png and 7 more files"),
-        (lambda d: (d / "annotations/training/002.png").unlink(), r"names .*002.png, which is not there"),
+        (lambda d: [p.unlink() for p in (d / "annotations/training").iterdir()], r"not there \(8\), first .*png"),
+        (lambda d: (d / "annotations/training/002.png").unlink(), r"not there \(1\), first .*002.png"),
         (lambda d: [p.unlink() for p in (d / "images/training").iterdir()], r"there is no picture \*.jpg in"),
-        (lambda d: (d / "images").rename(d / "pictures"), "there is no folder .*ADEChallengeData2016.zip"),
+        (lambda d: (d / "images").rename(d / "pictures"), "there is no picture .*ADEChallengeData2016.zip"),
         (lambda d: (d / "images/training/001.jpg").write_text("no picture"), r"cannot use .*001.jpg"),
         (
             lambda d: (d / "annotations/training/001.png").write_text("no picture"),
@@ -449,7 +490,7 @@ def test_boxes_alone_are_enough_for_retinanet(tmp_path):
         ),
         (
             lambda d: Image.fromarray(np.ones((140, 180), np.uint8)).save(d / "annotations/training/001.png"),
-            r"001.png has another size \(height, width\) \(140, 180\) than its picture, \(71, 90\)",
+            r"001.jpg has the height and width \(71, 90\), but .*001.png has \(140, 180\) for it",
         ),
     ],
 )
@@ -486,6 +527,23 @@ def test_segmentation_data_of_another_layout(tmp_path, changes, says):
     init_default_scope("mmseg")
     with pytest.raises(InputError, match=says):
         DATASETS.build({**config.train_dataloader.dataset, **changes})
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_pictures_are_mixed(tmp_path, task):
+    """The inner data set of the toolboxes' mosaic does not pack its samples."""
+    if task == "detection":
+        config = detection_config(tmp_path / "tiny.py", draw_coco(tmp_path / "data"), base="retinanet")
+        mosaic, pack, scope = "Mosaic", "PackDetInputs", "mmdet"
+    else:
+        config = segmentation_config(tmp_path / "tiny.py", draw_scenes(tmp_path / "data"))
+        mosaic, pack, scope = "RandomMosaic", "PackSegInputs", "mmseg"
+    init_default_scope(scope)
+    dataset = Config.fromfile(config).train_dataloader.dataset
+    dataset.pipeline = dataset.pipeline[:2]
+    steps = [{"type": mosaic, "prob": 1.0, "img_scale": (64, 64)}, {"type": pack}]
+    mixed = DATASETS.build({"type": "MultiImageMixDataset", "dataset": dataset, "pipeline": steps})
+    assert mixed[0]["inputs"].shape == (3, 128, 128)
 
 
 def test_a_loader_process_names_the_file_as_well(tmp_path):

@@ -136,7 +136,7 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
         if found != expected:
             raise InputError(f"{path}: {field} is {found}, but {table} has {expected}")
     for part, own in test_settings(row["build"]).items() if isinstance(record, Detection | Segmentation) else []:
-        if getattr(record.settings, part) != own:
+        if record.settings.get(part) != own:
             raise InputError(f"{path}: settings.{part} is not that of {row['build']}: test without --tta or changes")
     known = [row["epochs"] for row in rows_of("table7")]
     if isinstance(record, Evaluation) and epochs_of(record) not in known:
@@ -146,9 +146,9 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
 
 @cache
 def test_settings(path: str) -> dict[str, Any]:
-    """Model and steps of the test of a config of mmdet or mmseg, as JSON has them."""
+    """The settings of the test of a config of mmdet or mmseg, as JSON has them."""
     from mmengine.config import Config  # here: counting and classifiers do not need it
 
-    config = Config.fromfile(ROOT / path, import_custom_modules=False)
-    config.model.backbone.init_cfg = None
-    return json.loads(json.dumps({"model": config.model, "pipeline": config.test_dataloader.dataset.pipeline}))
+    from metaformer.mm.config import settings_of_test
+
+    return json.loads(json.dumps(settings_of_test(Config.fromfile(ROOT / path, import_custom_modules=False))))

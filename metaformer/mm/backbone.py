@@ -95,12 +95,9 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
 
     def train(self, mode: bool = True) -> "MetaFormerBackbone":
         super().train(mode)
-        for module in self._frozen():
+        norms = [module for module in self.modules() if self.norm_eval and isinstance(module, _BatchNorm)]
+        for module in (*self._frozen(), *norms):
             module.eval()
-        if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
         return self
 
     def _frozen(self) -> list[nn.Module]:
@@ -114,7 +111,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
                 the classifier, the norms of the levels and stages that are not built.
         """
         if self.init_cfg is None:
-            print_log(f"{self.variant}: no pretrained weights, training starts from scratch", logger="current")
+            print_log(f"{self.variant}: init_cfg has no pretrained weights", logger="current")
             return
         source, prefix = self.init_cfg["checkpoint"], self.init_cfg.get("prefix", "")
         checkpoint = load_from_path_or_url(source)

@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, master_only
 from torch import nn
 
-from metaformer.errors import InputError
 from metaformer.formats import StateDict, to_ours
 from metaformer.weights import fetch, read_checkpoint
 
@@ -18,18 +17,13 @@ def load_from_path_or_url(source: str, map_location: Any = None) -> dict:
     The tensors are on the CPU whatever ``map_location`` says, since loading them into a model copies them.
 
     Raises:
-        InputError: the source has another scheme, or the file is missing, damaged, or holds more than tensors and plain
-            data.
+        InputError: the file is missing, damaged, or holds more than tensors and plain data.
     """
+    path = Path(source).expanduser()
     if source.startswith(("http://", "https://")):
-        if is_main_process():
-            fetch(source)
+        master_only(fetch)(source)
         barrier()
         path = fetch(source)  # downloads it again only on machines that do not share the cache
-    elif "://" in source:
-        raise InputError(f"{source} has an unknown scheme: give a path or an http(s) address")
-    else:
-        path = Path(source).expanduser()
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint.get("meta"), dict):
         # Old versions store the config here, and mmengine would execute it to learn the number of GPUs.

@@ -4,6 +4,7 @@ import textwrap
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -46,3 +47,22 @@ def build_model(config: Config) -> nn.Module:
             return MODELS.build(config.model)
     except Exception as error:
         raise InputError(f"cannot build the model of {config.filename}: {textwrap.shorten(str(error), 300)}") from error
+
+
+def evaluators(config: Config, split: str) -> list[dict[str, Any]]:
+    given = config[f"{split}_evaluator"]
+    return given if isinstance(given, list) else [given]
+
+
+def settings_of_test(config: Config) -> dict[str, Any]:
+    """What the figures of a test depend on, beside weights and data, as in the config."""
+    model, loader = config.model.to_dict(), config.test_dataloader
+    model.get("backbone", {})["init_cfg"] = None
+    files = {"ann_file", "classwise", "keep_results", "outfile_prefix", "output_dir"}  # these change no figure
+    return {
+        "model": model,
+        "pipeline": loader.dataset.get("pipeline", []),
+        "batch_size": loader.get("batch_size"),  # the pictures of a batch are padded to one size
+        "loop": config.test_cfg,
+        "evaluators": [{key: each[key] for key in each if key not in files} for each in evaluators(config, "test")],
+    }

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmengine.registry import DATASETS
 
 from metaformer.errors import InputError
 from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
-from metaformer.mm.data import CheckedDataset, check_there, first_sample
+from metaformer.mm.data import CheckedDataset, check_masks, check_size, check_there
 
 COCO_PAGE = "https://cocodataset.org/#download"
 
@@ -20,6 +21,7 @@ class CheckedCoco(COCO):
 
     mmdet numbers the classes it finds 0, 1, ... in the order of the file, whatever the order of ``classes``. It leaves
     out a box of an unknown category and a picture whose id occurs again, and cannot evaluate a box without ``iscrowd``.
+    pycocotools writes the id of the object that was found, and 0 for none.
     """
 
     def __init__(self, annotation_file: str):
@@ -28,22 +30,17 @@ class CheckedCoco(COCO):
         if len(self.imgs) < len(self.dataset["images"]):
             raise InputError(f"{self.path} has two pictures with the same id")
         for box in self.anns.values():
-            if box["category_id"] not in self.cats or "iscrowd" not in box:
-                says = "a category_id that is not listed, or no iscrowd (0 for a single object)"
-                raise InputError(f"annotation {box['id']} of {self.path} has {says}")
+            if box["category_id"] not in self.cats or "iscrowd" not in box or box["id"] == 0 or len(box["bbox"]) != 4:
+                needs = "a listed category_id, an iscrowd (0 for a single object), a bbox of 4 numbers, an id above 0"
+                raise InputError(f"annotation {box['id']} of {self.path} needs {needs}")
 
     def get_cat_ids(self, cat_names: tuple[str, ...]) -> list[int]:
-        ids, asked = super().get_cat_ids(cat_names), list(cat_names)
-        found = [category["name"] for category in self.load_cats(ids)]
-        if sorted(found) != sorted(asked):
+        ids = super().get_cat_ids(cat_names)
+        if [category["name"] for category in self.load_cats(ids)] != list(cat_names):
+            names = tuple(category["name"] for category in self.dataset["categories"])
             raise InputError(
-                f"{self.path} has {len(found)} of the {len(asked)} classes asked for: name each of its classes once "
-                "with metainfo=dict(classes=(...)) of the data set"
-            )
-        if found != asked:
-            raise InputError(
-                f"{self.path} lists the classes in another order than metainfo, and mmdet numbers them in the order of "
-                f"the file: use metainfo=dict(classes=({', '.join(map(repr, found))})) in all data sets"
+                f"{self.path} has other classes than the {len(cat_names)} of metainfo, or in another order, by which "
+                f"mmdet would number them: use metainfo=dict(classes={names}) in all data sets"
             )
         return ids
 
@@ -53,9 +50,9 @@ class CheckedCocoDataset(CheckedDataset, CocoDataset):
     """mmdet's ``CocoDataset``, which refuses bad data before training starts.
 
     Raises:
-        InputError: the annotation file is missing, damaged, or has other classes; a picture is missing; no picture has
-            a box; boxes have no masks although the pipeline loads masks. While samples are made: a picture has another
-            size than its annotation says.
+        InputError: the annotation file is missing, damaged, or has other classes; boxes are given by their corners; a
+            picture is missing; no picture has a box; boxes have no masks although the pipeline loads masks. While
+            samples are made: a picture has another size than its annotation says.
     """
 
     COCOAPI = CheckedCoco
@@ -71,16 +68,17 @@ class CheckedCocoDataset(CheckedDataset, CocoDataset):
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{self.ann_file} is not an annotation file in COCO's format ({reason})") from error
-        if not data:
-            raise InputError(f"{self.ann_file} lists no picture")
         check_there((info["img_path"] for info in data), str(self.ann_file))
+        boxes = [(*box["bbox"], info["width"], info["height"]) for info in data for box in info["instances"]]
+        start, end, size = np.reshape(boxes, (-1, 3, 2)).swapaxes(0, 1)
+        beyond, no_corners = (wrong.any(1).sum() for wrong in (end > 1.1 * size, end < 2 * start))
+        if beyond > no_corners:
+            raise InputError(
+                f"{self.ann_file} has {beyond} of {len(boxes)} boxes that reach beyond their pictures, as if they were "
+                "corners x1, y1, x2, y2: write x1, y1, width, height"
+            )
         if any(getattr(step, "with_mask", False) for step in self.pipeline.transforms):
-            without = [info["img_path"] for info in data if any("mask" not in box for box in info["instances"])]
-            if without:
-                raise InputError(
-                    f"{self.ann_file} has boxes without a mask ('segmentation') in {len(without)} of {len(data)} "
-                    f"pictures, first in {without[0]}: Mask R-CNN needs them, RetinaNet does not"
-                )
+            check_masks(data, self.ann_file)
         return data
 
     def filter_data(self) -> list[dict[str, Any]]:
@@ -90,13 +88,6 @@ class CheckedCocoDataset(CheckedDataset, CocoDataset):
         return data
 
     def prepare_data(self, idx: int) -> dict[str, Any] | None:
-        data = super().prepare_data(idx)
-        info = self.get_data_info(idx)
-        height, width = info["height"], info["width"]
-        if data is not None and first_sample(data).metainfo.get("ori_shape", (height, width)) != (height, width):
-            is_height, is_width = first_sample(data).ori_shape
-            raise InputError(
-                f"{info['img_path']} has {is_width} x {is_height} pixels, but {self.ann_file} says {width} x {height}: "
-                "its boxes would be in the wrong place"
-            )
+        data, info = super().prepare_data(idx), self.get_data_info(idx)
+        check_size(data, info["img_path"], (info["height"], info["width"]), self.ann_file)
         return data

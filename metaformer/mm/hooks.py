@@ -1,6 +1,5 @@
-"""Hooks for mmengine's Runner that check checkpoints, classes and losses, and record results."""
+"""Hooks for mmengine's Runner that check its input and record results."""
 
-import importlib
 import logging
 import math
 import re
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -23,28 +21,33 @@ from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import BaseLoop, Runner
 from mmengine.utils import to_2tuple
 from torch import nn
+from torch.utils.data import Dataset
 
 from metaformer.errors import InputError
 from metaformer.mm.backbone import checked_weights
+from metaformer.mm.config import evaluators, settings_of_test
+from metaformer.mm.data import check_masks
 from metaformer.provenance import provenance, sha256, write_json
 from metaformer.weights import differences, listed
 
 
 @HOOKS.register_module()
-class WholeCheckpoint(Hook):
-    """Refuses a checkpoint of another model, which mmengine would load in part, and a checkpoint of other classes.
+class InputChecks(Hook):
+    """Refuses what mmengine would take in part or without a word, before it costs time.
 
-    mmengine reads weights under ``state_dict`` or bare. The weights that were checked are put there, so that those of a
-    checkpoint that has them under ``model`` are loaded as well.
-
-    For fine-tuning (``load_from`` without ``resume``), heads and classes may differ; the log states the differences.
-    A run resumes only from a checkpoint that also has the state of the optimizer, without which mmengine would start
-    a new one in the middle of the schedule.
+    - A checkpoint of another model, which mmengine would load in part, or of other classes. mmengine reads weights
+      under ``state_dict`` or bare. The weights that were checked are put there, so that those of a checkpoint that has
+      them under ``model`` are loaded as well. For fine-tuning (``load_from`` without ``resume``), heads and classes may
+      differ; the log states the differences. A run resumes only from a checkpoint that also has the state of the
+      optimizer, without which mmengine would start a new one in the middle of the schedule.
+    - Heads for another number of classes, data sets with other classes, an evaluator of other data, and a schedule that
+      does not fit the training.
+    - A loss that is not finite, before a checkpoint is written.
     """
 
     def __init__(self) -> None:
-        # A config that replaces our custom_imports may not import this module.
-        importlib.import_module("metaformer.mm.patch_mmengine")
+        # Here, because a config that replaces our custom_imports may not import this module.
+        import metaformer.mm.patch_mmengine  # noqa: F401
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = bare(runner.model)
@@ -70,35 +73,14 @@ class WholeCheckpoint(Hook):
         elif other_classes:
             warn(f"{source}: the heads start from weights for other classes: {other_classes}")
 
-
-@HOOKS.register_module()
-class FiniteLoss(Hook):
-    """Stops at the first loss that is not finite, before a checkpoint is written."""
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
-    ) -> None:
-        loss = outputs["loss"].item()
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} at iteration {runner.iter + 1}: lower the learning rate "
-                f"(optim_wrapper.optimizer.lr); the checkpoints in {runner.work_dir} are from before"
-            )
-
-
-@HOOKS.register_module()
-class SameClasses(Hook):
-    """Refuses heads for another number of classes, data sets with other classes, and an evaluator of other data."""
-
     def before_train(self, runner: Runner) -> None:
         classes = runner.train_dataloader.dataset.metainfo["classes"]
         check_heads(runner.model, classes)
         check_crops(runner)
         check_schedule(runner)
         for split in ("val", "test"):
-            loader = runner.cfg.get(f"{split}_dataloader")
-            if loader:
-                check_evaluator(runner.cfg, split)
+            if loader := runner.cfg.get(f"{split}_dataloader"):
+                check_evaluator(runner.cfg, split, runner.val_dataloader.dataset if split == "val" else None)
                 theirs = DATASETS.build({**loader.dataset, "lazy_init": True}).metainfo["classes"]
                 if difference := different_classes(classes, theirs):
                     raise InputError(
@@ -106,9 +88,19 @@ class SameClasses(Hook):
                         "metainfo=dict(classes=(...))"
                     )
 
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any, outputs: dict[str, Any]) -> None:
+        loss = outputs["loss"].item()
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} at iteration {runner.iter + 1}: lower the learning rate "
+                f"(optim_wrapper.optimizer.lr) in a new run, since --resume keeps it; the checkpoints in "
+                f"{runner.work_dir} are from before"
+            )
+
     def before_test_epoch(self, runner: Runner) -> None:
-        check_evaluator(runner.cfg, "test")
-        check_heads(runner.model, runner.test_dataloader.dataset.metainfo["classes"])
+        dataset = runner.test_dataloader.dataset
+        check_evaluator(runner.cfg, "test", dataset)
+        check_heads(runner.model, dataset.metainfo["classes"])
 
 
 def different_classes(ours: Sequence[str], theirs: Sequence[str]) -> str:
@@ -143,40 +135,49 @@ def check_crops(runner: Runner) -> None:
 
 
 def check_schedule(runner: Runner) -> None:
-    """Warn if a scheduler ends after the training, so that a warm-up may keep the learning rate low throughout, or if
-    all end before it.
+    """Warn if a scheduler ends after the training, so that a warm-up may keep the learning rate low throughout, if all
+    end before it, or if the learning rate is for another number of pictures.
 
     Raises:
-        InputError: the last of them is a ``PolyLR`` that ends before the training at a learning rate of 0.
+        InputError: the last of them is a ``PolyLR`` that ends before the training at a learning rate of 0, or
+            mmengine would scale the learning rate to the pictures of an iteration where a step takes several.
     """
     schedulers = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
-    loop, ends = runner.train_loop, []
+    loop, ends = runner.train_loop, {}
     remedy = "a resumed run keeps the schedule of its checkpoint" if runner._resume else "set its end"
     for scheduler in schedulers:
         length, unit = (loop.max_epochs, "epochs") if scheduler.by_epoch else (loop.max_iters, "iterations")
-        name = f"{type(scheduler).__name__} of param_scheduler"
-        says = f"{name} ends after {scheduler.end} {unit}, training after {length}"
-        ends.append((scheduler.end / length, says, scheduler))
+        name, to_zero = type(scheduler).__name__, isinstance(scheduler, PolyLR) and scheduler.eta_min == 0
+        says = f"{name} of param_scheduler ends after {scheduler.end} {unit}, training after {length}"
+        ends.setdefault((scheduler.end / length, to_zero), says)
         if length < scheduler.end < INF:
             warn(f"{says}: {remedy}")
-    last = max((share for share, _, _ in ends), default=1)
-    for share, says, scheduler in ends:
-        if share == last < 1:
-            if isinstance(scheduler, PolyLR) and scheduler.eta_min == 0:
-                raise InputError(f"{says}, and the learning rate is 0 in between: {remedy}")
-            warn(f"{says}, and the learning rate is constant in between: {remedy}")
+    (last, to_zero), says = max(ends.items(), default=((1, False), ""))
+    if last < 1 and to_zero:
+        raise InputError(f"{says}, and the learning rate is 0 in between: {remedy}")
+    if last < 1:
+        warn(f"{says}, and the learning rate is constant in between: {remedy}")
+    scaling, steps = runner.cfg.get("auto_scale_lr") or {}, runner.cfg.optim_wrapper.get("accumulative_counts", 1)
+    batch = runner.cfg.train_dataloader.batch_size * runner.world_size * steps
+    base = scaling.get("base_batch_size", batch)
+    if scaling.get("enable") and steps > 1:
+        raise InputError(f"auto_scale_lr ignores accumulative_counts={steps} of optim_wrapper: scale lr without it")
+    if batch != base and not scaling.get("enable"):
+        warn(f"the base has a learning rate for {base} pictures and a step takes {batch}: see auto_scale_lr.enable")
 
 
-def check_evaluator(config: Config, split: str) -> None:
-    """Raise if an evaluator reads another annotation file than the data set."""
-    evaluators, dataset = config[f"{split}_evaluator"], config[f"{split}_dataloader"].dataset
+def check_evaluator(config: Config, split: str, data: Dataset | None) -> None:
+    """Raise if an evaluator reads another annotation file than the data set, or needs masks and ``data`` has none."""
+    dataset = config[f"{split}_dataloader"].dataset
     ours = dataset.get("ann_file") and Path(dataset.get("data_root") or "", dataset.ann_file)
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+    for evaluator in evaluators(config, split):
         theirs = evaluator.get("ann_file")
         if ours and theirs and Path(theirs).resolve() != ours.resolve():
             raise InputError(
                 f"{split}_evaluator.ann_file is {theirs}, but {split}_dataloader reads {ours}: give both the same"
             )
+        if data and "segm" in evaluator.get("metric", ""):
+            check_masks([data.get_data_info(index) for index in range(len(data))], f"{split}_dataloader")
 
 
 @HOOKS.register_module()
@@ -201,14 +202,14 @@ class ResultRecord(Hook):
             return
         times, _ = runner.message_hub.get_scalar("train/time").data
         batch = runner.cfg.train_dataloader.batch_size * runner.world_size
-        loop = runner.train_loop
+        loop, steps = runner.train_loop, runner.cfg.train_dataloader.dataset.get("pipeline", [])
         record = {
             "kind": "training",
             "status": "finished",
             "devices": runner.world_size,
             "images_per_s": batch / float(np.median(times[-done:])),
             "seed": runner.seed,
-            "settings": {"batch": batch, "epochs": loop.max_epochs, "iterations": loop.max_iters},
+            "settings": {"batch": batch, "epochs": loop.max_epochs, "iterations": loop.max_iters, "pipeline": steps},
             "starts": [self.provenance],
         }
         self._write(runner, "train", "training.json", record)
@@ -216,24 +217,19 @@ class ResultRecord(Hook):
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         checkpoint = Path(runner._load_from or "").expanduser()
         digest = sha256(checkpoint) if checkpoint.is_file() else None
-        gpus = runner.world_size if torch.cuda.is_available() else 0
-        model = runner.cfg.model.to_dict()
-        model.get("backbone", {})["init_cfg"] = None
         record = {
             "kind": {"mmdet": "detection", "mmseg": "segmentation"}[runner.cfg.default_scope],
             "checkpoint": {"file": checkpoint.name, "sha256": digest} if runner._load_from else None,
-            "settings": {"seed": runner.seed, "gpus": gpus, "model": model},
+            "settings": {"seed": runner.seed, **settings_of_test(runner.cfg)},
             "metrics": {name: float(value) for name, value in metrics.items()},
             **self.provenance,
         }
         self._write(runner, "test", "result.json", record)
 
+    @master_only
     def _write(self, runner: Runner, split: str, name: str, record: dict[str, Any]) -> None:
-        if not is_main_process():
-            return
         config, dataset = runner.cfg[f"{split}_dataloader"].dataset, getattr(runner, f"{split}_dataloader").dataset
         record["model"] = Path(runner.cfg.filename).stem
-        record["settings"]["pipeline"] = [dict(step) for step in config.get("pipeline", [])]
         record["data"] = {
             "name": type(dataset).__name__,
             "data_dir": str(getattr(dataset, "data_root", "")),
@@ -252,8 +248,7 @@ def mim_command(process: Path = Path("/proc/self")) -> str | None:
         words = (process / "cmdline").read_text().split("\0")[:-1]
         if len(words) > 1 and Path(words[1]).name == "mim":
             return shlex.join(["mim", *words[2:]])
-        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-        process = process.with_name(parent)
+        process = process.with_name((process / "stat").read_text().rpartition(")")[2].split()[1])  # its parent
     return None
 
 

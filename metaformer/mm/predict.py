@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import mmcv
-import numpy as np
 import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, VISUALIZERS
 from torch import nn
 
-from metaformer.errors import InputError, check_known
+from metaformer.errors import InputError
 from metaformer.mm.backbone import checked_weights
 from metaformer.mm.checkpoint import load_from_path_or_url
 from metaformer.mm.config import build_model, read_config
@@ -44,14 +43,6 @@ def load_model(config: str, checkpoint: str, device: str, toolboxes: Collection[
     return model.to(device).eval()
 
 
-def chosen_device(name: str | None) -> str:
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    known = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    name = name or ("cuda" if gpus else "cpu")
-    check_known("device", name, known)
-    return name
-
-
 def predict(description: str, infer: Callable, toolbox: str, **drawing: Any) -> None:
     """The command ``predict.py CONFIG CHECKPOINT PICTURE...``: writes ``NAME.png`` for each picture, and prints that.
 
@@ -60,28 +51,28 @@ def predict(description: str, infer: Callable, toolbox: str, **drawing: Any) -> 
         toolbox: the ``default_scope`` of its configs.
         drawing: arguments of the visualizer's ``add_datasample``.
     """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config that the model was trained with, or its copy work_dirs/NAME/NAME.py")
     parser.add_argument("checkpoint", help="path or http(s) address of a checkpoint of this config")
     parser.add_argument("pictures", nargs="+", metavar="picture", help="path of a picture in any format of OpenCV")
     parser.add_argument("--out", default="predictions", help="folder to write to (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
+    parser.add_argument("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
     arguments = parser.parse_args()
-    device = chosen_device(arguments.device)
     targets = {picture: Path(arguments.out, f"{Path(picture).stem}.png") for picture in arguments.pictures}
     for picture, path in targets.items():
         if not Path(picture).is_file():
             raise InputError(f"there is no picture {picture}")
         if list(targets.values()).count(path) > 1 or path.resolve() == Path(picture).resolve():
             raise InputError(f"{path}, the drawing of {picture}, would overwrite another picture: use another --out")
-    model = load_model(arguments.config, arguments.checkpoint, device, [toolbox])
+    model = load_model(arguments.config, arguments.checkpoint, arguments.device, [toolbox])
     visualizer = VISUALIZERS.build({**model.cfg.visualizer, "vis_backends": None})
     visualizer.dataset_meta = model.dataset_meta
     for picture, path in targets.items():
         image = mmcv.imread(picture)
         if image is None:
             raise InputError(f"{picture} is not a picture")
-        rgb = np.ascontiguousarray(image[..., ::-1])
         sample = infer(model, picture)
-        visualizer.add_datasample(picture, rgb, sample, draw_gt=False, out_file=str(path), **drawing)
+        visualizer.add_datasample(picture, mmcv.bgr2rgb(image), sample, draw_gt=False, out_file=str(path), **drawing)
         print(path)

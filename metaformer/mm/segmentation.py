@@ -10,7 +10,7 @@ from PIL import Image
 
 from metaformer.errors import InputError
 from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
-from metaformer.mm.data import CheckedDataset, check_there, first_sample
+from metaformer.mm.data import CheckedDataset, check_size, check_there, first_sample
 from metaformer.mm.hooks import different_classes
 
 ADE20K_PAGE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
@@ -20,9 +20,9 @@ class CheckedSegmentation(CheckedDataset):
     """Mixin for data sets of mmseg that refuses bad data.
 
     Raises:
-        InputError: the classes are others than those of the data set; a folder, the list of pictures, a picture or the
-            label map of a picture is missing. While samples are made: a label map is not one byte per pixel, has
-            another size than its picture, or a label outside the classes.
+        InputError: the classes are others than those of the data set; the list of pictures, all pictures, a picture of
+            the list or the label map of a picture is missing. While samples are made: a label map is not one byte per
+            pixel, has another size than its picture, or a label outside the classes.
     """
 
     @classmethod
@@ -34,17 +34,15 @@ class CheckedSegmentation(CheckedDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         if self.ann_file and not Path(self.ann_file).exists():
             raise InputError(f"there is no list of pictures {self.ann_file} (from {Path.cwd()}), which ann_file names")
-        for folder in filter(None, (self.data_prefix.get("img_path"), self.data_prefix.get("seg_map_path"))):
-            if not Path(folder).is_dir():
-                raise InputError(
-                    f"there is no folder {folder} (from {Path.cwd()}): get ADE20K from {ADE20K_PAGE} and unpack it as "
-                    "segmentation/README.md shows, or name yours with data_root and data_prefix"
-                )
-        data = super().load_data_list()
+        folder = self.data_prefix["img_path"]
+        data = super().load_data_list() if Path(folder).is_dir() else []
         if not data:
-            raise InputError(f"there is no picture *{self.img_suffix} in {self.data_prefix['img_path']}")
+            raise InputError(
+                f"there is no picture *{self.img_suffix} in {folder} (from {Path.cwd()}): get ADE20K from "
+                f"{ADE20K_PAGE} and unpack it as segmentation/README.md shows, or name yours in data_root, data_prefix"
+            )
         check_there((info["img_path"] for info in data), str(self.ann_file))
-        check_there((info["seg_map_path"] for info in data if "seg_map_path" in info), self.data_prefix["img_path"])
+        check_there((info["seg_map_path"] for info in data if "seg_map_path" in info), folder)
         return data
 
     def prepare_data(self, idx: int) -> dict[str, Any]:
@@ -52,10 +50,8 @@ class CheckedSegmentation(CheckedDataset):
         path = info.get("seg_map_path")
         size = label_map_size(path) if path else None
         data = super().prepare_data(idx)
-        sample = first_sample(data)
-        if size and size != sample.metainfo.get("ori_shape", size):
-            raise InputError(f"{path} has another size (height, width) {size} than its picture, {sample.ori_shape}")
-        truth = sample.get("gt_sem_seg")
+        check_size(data, info["img_path"], size, path)
+        truth = first_sample(data).get("gt_sem_seg")
         classes = len(self.metainfo["classes"])
         if truth is not None:
             labels = truth.data[truth.data != self.ignore_index]
@@ -81,9 +77,7 @@ def label_map_size(path: str) -> tuple[int, int]:
     except OSError as error:
         raise InputError(f"{path} is not a picture of labels: {error}") from error
     if mode not in ("L", "P"):
-        raise InputError(
-            f"{path} has pixels of the kind {mode}: a label map has one byte for each (L, or P for a palette)"
-        )
+        raise InputError(f"{path} has pixels of the kind {mode}: a label map has one byte each (L, or P for a palette)")
     return height, width
 
 

@@ -116,23 +116,17 @@ def in_percent(metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-class Tested(Part):
-    """Model, without ``init_cfg``, and steps of the test, as in the config."""
-
-    model: dict[str, Any]
-    pipeline: list[dict[str, Any]]
-
-
 class Detection(Evaluation):
     kind: Literal["detection"]
-    settings: Tested
+    settings: dict[str, Any]
+    """Those of the config on which the figures depend, see :func:`metaformer.mm.config.settings_of_test`."""
     metrics: dict[str, Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]]
     """Fractions; mmdet writes -1 where there are no objects of a size."""
 
 
 class Segmentation(Evaluation):
     kind: Literal["segmentation"]
-    settings: Tested
+    settings: dict[str, Any]
     metrics: Annotated[dict[str, Percent], AfterValidator(in_percent)]
 
 

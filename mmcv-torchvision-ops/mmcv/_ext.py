@@ -34,8 +34,7 @@ def get_compiler_version() -> str:
     return f"none, operators from torchvision {torchvision.__version__}"
 
 
-def get_compiling_cuda_version() -> str:
-    return get_compiler_version()
+get_compiling_cuda_version = get_compiler_version
 
 
 def _precise(*tensors: Tensor) -> torch.dtype:

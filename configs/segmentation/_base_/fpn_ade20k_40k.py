@@ -118,13 +118,9 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=4000, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="SegVisualizationHook"),
+    input_checks=dict(type="InputChecks"),
+    result_record=dict(type="ResultRecord"),
 )
-custom_hooks = [
-    dict(type="WholeCheckpoint"),
-    dict(type="SameClasses"),
-    dict(type="FiniteLoss"),
-    dict(type="ResultRecord"),
-]
 env_cfg = dict(
     cudnn_benchmark=True, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0), dist_cfg=dict(backend="nccl")
 )
