@@ -1,12 +1,13 @@
 """Export a model or its backbone to ONNX or torch.export, and compare the file with the model."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 import torch
+from timm.models import get_model_input_config
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.export import Dim
@@ -89,10 +90,9 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
         InputError: PyTorch cannot export the model, or the file cannot be written or computes something else.
     """
     backbone = model.model if isinstance(model, FeatureGetterNet) else model
-    channels, stride, overlap = 3, 1, False
+    channels, stride, overlap = get_model_input_config(backbone)["input_size"][0], 1, False
     if isinstance(backbone, MetaFormer):
-        channels, stride = backbone.in_chans, backbone.feature_info[-1]["reduction"]
-        overlap = backbone.stem.kernel_size != backbone.stem.stride
+        stride, overlap = backbone.feature_info[-1]["reduction"], backbone.stem.kernel_size != backbone.stem.stride
     # Overlapping patch embeddings have a second position as soon as the image reaches over the first one.
     two_positions = stride + 3 if overlap else 2 * stride
     smallest = stride if to == "onnx" else two_positions
@@ -113,7 +113,11 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     except Exception as error:  # a model is code, and PyTorch refuses what it cannot trace in many ways
         reason = textwrap.shorten(str(error), 200)
         raise InputError(f"PyTorch cannot export this {type(backbone).__name__} to {to}: {reason}") from error
-    error = largest_error(exported, model, channels, sizes)
+    draw = torch.Generator().manual_seed(0)
+    tested = [torch.randn(batch, channels, *size, generator=draw) for size in sizes for batch in BATCHES]
+    with torch.inference_mode():
+        errors = [largest_error(exported(images), as_tuple(model(images))) for images in tested]
+    error = torch.tensor(errors).max().item()  # unlike Python's max(), this propagates NaN
     if not error <= TOLERANCE:
         raise InputError(f"the exported model differs from the model by {error:.1e} of its output: nothing written")
     write_file(target, content)
@@ -147,14 +151,7 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-@torch.inference_mode()
-def largest_error(exported: Exported, model: nn.Module, channels: int, sizes: list[Size]) -> float:
-    """Largest |exported - model| / |model| (Euclidean norms) of any output, on random images."""
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for size in sizes:
-        for batch in BATCHES:
-            images = torch.randn(batch, channels, *size, generator=generator)
-            pairs = zip(exported(images), as_tuple(model(images)), strict=True)
-            errors += [(value - reference).norm() / reference.norm() for value, reference in pairs]
-    return torch.stack(errors).max().item()  # unlike Python's max(), this propagates NaN
+def largest_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Largest |found - expected| / |expected| (Euclidean norms) of any tensor; NaN if any value is."""
+    errors = [(value.float() - right).norm() / right.norm() for value, right in zip(found, expected, strict=True)]
+    return torch.stack(errors).max().item()

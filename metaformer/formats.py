@@ -147,7 +147,8 @@ def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
         to: ``"official"``, ``"timm"``, ``"hf"``, ``"mmpretrain"`` or ``"ours"``.
 
     Raises:
-        InputError: one of the formats is unknown, or a backbone without classifier would become a whole model.
+        InputError: one of the formats is unknown, a backbone without classifier would become a whole model, or
+            :func:`metaformer.fuse` made the weights.
     """
     check_known("format", to, TO)
     kind = recognised(state_dict)
@@ -156,6 +157,8 @@ def convert(state_dict: StateDict, to: str = "ours") -> StateDict:
             f"these are no weights of a MetaFormer in a known format ({', '.join(TO)}): the first name is "
             f"{next(iter(state_dict), 'none')!r}"
         )
+    if any(re.match(r"(backbone\.)?stages\.\d+\.blocks\.\d+\.w1\Z", str(name)) for name in state_dict):
+        raise InputError("metaformer.fuse made these weights, for this package alone: convert the model's own weights")
     if kind == "toolbox" and to != "ours":
         raise InputError(f"a detector's or segmentor's backbone has no classifier and cannot become a whole {to} model")
     return TO[to](FROM[kind](state_dict))

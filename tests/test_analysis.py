@@ -21,6 +21,8 @@ import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
+from timm.models import _registry
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import ROOT
 from metaformer import ABLATIONS, POOLFORMERS, InputError, open_checkpoint, records
 from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, report, tables
-from metaformer.analysis.baselines import WindowMLP
+from metaformer.analysis.baselines import window_mlp
 from metaformer.training.config import load_config
 
 PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
@@ -118,16 +120,17 @@ def test_macs_with_norms_are_timms_published_ones(name, gmacs):
 @pytest.mark.parametrize("shift", [0, 3])
 def test_the_windows_of_swin_mixer_go_back_to_their_places(shift):
     """What mixes nothing leaves all as it is; what averages a head's window leaves its mean, with zeros around."""
-    block = WindowMLP(num_heads=2, dim=6, input_resolution=(14, 21), window_size=(7, 7), shift_size=(shift, shift))
+    block = SwinTransformerBlock(6, (14, 21), num_heads=2, window_size=7, shift_size=shift)
+    block.attn = nn.Conv1d(2 * 49, 2 * 49, 1, groups=2)
     x = torch.randn(2, 14, 21, 6)
     with torch.no_grad():
         block.attn.bias.zero_()
         block.attn.weight[..., 0] = torch.eye(49).repeat(2, 1)
-        torch.testing.assert_close(block._attn(x), x)
+        torch.testing.assert_close(window_mlp(block, x), x)
         block.attn.weight.fill_(1 / 49)
         first = 7 if shift == 0 else shift  # the side of the first window that is not padding
         mean = x[:, :first, :first].sum((1, 2)) / 49
-        torch.testing.assert_close(block._attn(x)[:, 0, 0], mean)
+        torch.testing.assert_close(window_mlp(block, x)[:, 0, 0], mean)
 
 
 def test_same_padding_and_transposed_convolutions_are_counted():
@@ -159,6 +162,32 @@ def test_attention_in_one_operator_is_counted():
     analysis = count.FlopCountAnalysis(model.to("meta"), tokens.to("meta")).set_op_handle(*count.ATTENTION)
     with count.on_meta_device():
         assert analysis.total() == macs == 4 * 10 * 32 * 32 + 2 * 10 * 10 * 32
+
+
+class MultiQuery(nn.Module):
+    def forward(self, queries):
+        shared = queries[:, :1].repeat(1, 1, 2, 1)  # one head, twice the positions
+        return nn.functional.scaled_dot_product_attention(queries, shared, shared[..., :3])
+
+
+def test_attention_of_shared_keys_and_narrow_values_is_counted():
+    model, queries = MultiQuery().eval(), torch.zeros(1, 4, 10, 8)
+    macs = macs_by_torch(model, queries)
+    analysis = count.FlopCountAnalysis(model, queries.to("meta")).set_op_handle(*count.ATTENTION)
+    with count.on_meta_device():
+        assert analysis.total() == macs == 4 * 10 * 20 * (8 + 3)
+
+
+def test_models_that_compute_with_their_weights_are_built_for_other_sizes():
+    model, size = count.build_timm("swinv2_tiny_window8_256", (512, 512))
+    assert model.patch_embed.img_size == size == (512, 512)
+
+
+def test_a_model_that_a_user_has_registered(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1))
+    monkeypatch.setitem(_registry._model_entrypoints, "my_model", lambda **_: model)
+    counted = count.count("my_model")
+    assert (counted["size"], counted["macs"]["conv"]) == ([224, 224], 3 * 4 * 224**2)
 
 
 def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
@@ -708,6 +737,24 @@ def test_the_same_weights_evaluated_again_are_no_further_run(root):
     assert [record.images_per_s for record in found.of_model("training", "poolformer_s24")] == [110.0]
 
 
+def test_runs_that_agree_have_no_interval(root):
+    """mmdet rounds its accuracies to thousandths."""
+    for name in "ab":
+        record = detection({"coco/bbox_mAP": 0.371})
+        put(root, name, {**record, "checkpoint": {"file": "epoch_12.pth", "sha256": 64 * name}})
+    found = measured.Measured(root / "analysis/results")
+    assert str(found.accuracy(record["model"], "coco/bbox_mAP")) == "37.1 of 2 runs (epoch_12.pth)"
+
+
+def test_a_run_of_another_recipe_is_named_and_not_averaged(root):
+    own = load_config([str(ROOT / "configs/classification/poolformer_s12.yaml")]).model_dump(mode="json")
+    for i, changes in enumerate([{}, {"device_batch": 64, "seed": 1}, {"lr": 1e-3, "pretrained": True}]):
+        put(root, str(i), evaluation(top1=77.0 + 2 * i, sha256=64 * str(i), training={**own, **changes}))
+    first, second = str(measured.Measured(root / "analysis/results").accuracy("poolformer_s12", "top1")).split("; ")
+    assert re.fullmatch(r"78\.0 ± .* \(95 %\) of 2 runs \(best\.pt\)", first)
+    assert second == "81.0 (best.pt, lr=0.001, pretrained=True)"
+
+
 def test_sizes_without_objects_have_no_accuracy(root):
     put(root, "det", detection({"coco/bbox_mAP": 0.371, "coco/bbox_mAP_s": -1.0}))
     found = measured.Measured(root / "analysis/results")
@@ -846,6 +893,11 @@ def test_curves_of_runs(run, command, tmp_path):
     assert accuracy.lines[0].get_xydata().tolist() == [[20, 25.0]]
     with pytest.raises(InputError, match="draw them in two figures"):
         figures.curves([folder, tmp_path / "work"])
+    (folder / "metrics.csv").write_text("")
+    log.write_text('{"loss": 2.0, "ite')
+    for damaged in (folder, tmp_path / "work"):
+        with pytest.raises(InputError, match=f"cannot draw the run {damaged}: "):
+            figures.curves([damaged])
 
 
 @pytest.mark.parametrize(
@@ -929,10 +981,19 @@ def test_gradcam_shows_a_run_the_pictures_that_it_was_trained_on(run, picture):
 
 
 def test_tokens_become_maps_in_reading_order():
-    tokens = torch.arange(2 * (1 + 9) * 4).view(2, 10, 4)
-    maps = gradcam.tokens_to_map(tokens, prefix=1)
-    assert maps.shape == (2, 4, 3, 3)
-    assert torch.equal(maps[1, :, 2, 1], tokens[1, 1 + 3 * 2 + 1])
+    """A map of 2 x 8 has as many positions as one of 4 x 4."""
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=(32, 128), depth=1)
+    layer, reshape = gradcam.target_layer("deit", model, (32, 128))
+    assert layer is model.blocks[-1].norm1
+    tokens = torch.arange(2 * (2 + 2 * 8) * 4).view(2, 18, 4)
+    maps = reshape(tokens)
+    assert maps.shape == (2, 4, 2, 8)
+    assert torch.equal(maps[1, :, 1, 3], tokens[1, 2 + 8 + 3])
+
+
+def test_gradcam_is_for_rgb_images():
+    with pytest.raises(InputError, match="grey takes images of 1 channels"):
+        gradcam.target_layer("grey", timm.create_model("test_resnet", in_chans=1), (64, 64))
 
 
 def test_gradcam_draws_the_papers_models(picture, tmp_path, command):
@@ -942,7 +1003,7 @@ def test_gradcam_draws_the_papers_models(picture, tmp_path, command):
     arguments = [picture, "--models", *names, "--weights", *given, "--out", out]
     assert command("analysis/gradcam.py", *arguments)[0] == 0
     assert np.asarray(Image.open(out).convert("L")).std() > 10
-    layers = [gradcam.target_layer(name, timm.create_model(name)) for name in names]
+    layers = [gradcam.target_layer(name, timm.create_model(name), (224, 224)) for name in names]
     assert [type(layer).__name__ for layer, _ in layers] == ["Bottleneck", "LayerNorm", "ResBlock", "Sequential"]
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metaformer import InputError, records
 from metaformer.analysis import benchmark, contestants, figures, readme, render, speed
 from metaformer.analysis.measured import Measured
+from metaformer.export import largest_error
 from metaformer.variants import POOLFORMERS
 from oracles import relative_error
 
@@ -77,7 +78,7 @@ def test_files_are_the_same_model():
                 contestants.contestant(entry, small)
         else:
             found = contestants.contestant(entry, small).outputs()
-            assert contestants.largest_error(found, contestants.reference(entry.form, small)) < 1e-4
+            assert largest_error(found, contestants.reference(entry.form, small)) < 1e-4
 
 
 def test_a_step_fills_every_gradient_anew():
@@ -92,7 +93,7 @@ def test_a_step_fills_every_gradient_anew():
         contestant.call()
         assert all(map(torch.equal, gradients, (parameter.grad for parameter in contestant.model.parameters())))
         expected = contestants.reference(contestant.entry.form, small)
-        assert contestants.largest_error(contestant.outputs(), expected) < 1e-3
+        assert largest_error(contestant.outputs(), expected) < 1e-3
 
 
 @pytest.mark.parametrize(("task", "name"), [("inference", "layer_scale2"), ("training", "mlp.fc1.weight")])
@@ -175,7 +176,7 @@ def test_only_inference_is_compiled_with_freezing(monkeypatch):
             seen.append(inductor.freezing)
             return x
 
-    monkeypatch.setattr(contestants, "largest_error", lambda *_: 0.0)
+    monkeypatch.setattr(benchmark, "largest_error", lambda *_: 0.0)
     for training, runtime in ((False, "compiled"), (True, "compiled"), (False, "eager")):
         benchmark.warm_up(toy(Watched().train(training), 1, runtime=runtime), cell(), [], 1e-9, memory=False)
         assert any(seen) == (runtime == "compiled" and not training)

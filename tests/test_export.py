@@ -122,11 +122,11 @@ def test_what_pytorch_cannot_export_is_named(tmp_path, to):
     assert not (tmp_path / "file").exists()
 
 
-def test_moving_average_and_other_architectures(exported, tmp_path):
-    model = save_run(tmp_path / "run", "resnet18", model_args={}, ema_decay=0.5)
+def test_moving_average_and_other_architectures_on_grey_images(exported, tmp_path):
+    model = save_run(tmp_path / "run", "resnet18", model_args={"in_chans": 1}, ema_decay=0.5)
     out = ("--to", "torch-export", "--out", tmp_path / "file")
     exported(tmp_path / "run" / "best.pt", *out)
-    images = torch.randn(4, 3, 32, 32)
+    images = torch.randn(4, 1, 32, 32)
     assert_same(outputs_of(tmp_path / "file", "torch-export", images), {"logits": model(images)})
     error = exported(tmp_path / "run", *out, "--features", status=2)
     assert "resnet18 is not a MetaFormer: export it without --features" in error

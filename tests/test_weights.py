@@ -239,6 +239,7 @@ def test_hugging_face_folders(file, tmp_path):
         ({}, "hf", "the first name is 'none'"),
         ({0: torch.zeros(1)}, "hf", "the first name is 0"),
         ({"backbone.stem.weight": torch.zeros(1)}, "hf", "has no classifier and cannot become a whole hf model"),
+        (metaformer.fuse(small()).state_dict(), "hf", "made these weights, for this package alone"),
     ],
 )
 def test_wrong_input_to_convert(weights, to, says):
@@ -730,8 +731,22 @@ def test_grey_images(tmp_path):
         write(opened, "hf", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     write(opened, "ours", tmp_path / "ours.pt")
+    write(opened, "timm-hf", tmp_path / "folder")
     images = torch.randn(1, 1, 64, 64)
-    assert torch.equal(open_checkpoint(tmp_path / "ours.pt").model(images), model(images))
+    for source in ("ours.pt", "folder"):
+        assert torch.equal(open_checkpoint(tmp_path / source).model(images), model(images))
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert torch.equal(loaded(images), model(images))
+    mean = timm.data.resolve_data_config(model=loaded)["mean"]
+    assert mean == pytest.approx([sum(opened.mean) / 3])  # timm's rule
+
+
+def test_a_folder_that_timm_cannot_describe_is_not_begun(tmp_path):
+    save_run(tmp_path / "run")
+    own = open_checkpoint(tmp_path / "run")._replace(model=small(token_mixers=nn.Identity))
+    with pytest.raises(InputError, match=r"timm-hf cannot represent poolformer_s12 .*token_mixers' is not"):
+        write(own, "timm-hf", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_images_that_are_no_squares(tmp_path, picture):

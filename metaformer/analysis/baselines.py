@@ -1,8 +1,8 @@
 """Baselines of Table 2 that timm does not have by name, registered with it so that they can be counted."""
 
 from functools import partial
+from itertools import chain
 from typing import Any
-from unittest.mock import patch
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
@@ -65,35 +65,32 @@ class PVT(nn.Module):
         return self.head(self.backbone(images)[-1].mean((-2, -1)))
 
 
-class WindowMLP(SwinTransformerBlock):
-    """Swin's block with a linear layer over the positions of a window, one for each head, in place of attention.
+def window_mlp(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    """Mix the windows of maps (B, H, W, C) by ``block.attn``, a linear layer over the positions for each head.
 
     Shifted windows are padded with zeros at all sides of the image, where attention shifts it in a circle
     (arXiv 2103.14030, appendix A3.3).
     """
-
-    def __init__(self, num_heads: int, **arguments: Any):
-        super().__init__(num_heads=num_heads, **arguments)
-        positions = num_heads * self.window_area
-        self.num_heads, self.attn = num_heads, nn.Conv1d(positions, positions, 1, groups=num_heads)
-
-    def _attn(self, x: Tensor) -> Tensor:
-        _, height, width, channels = x.shape
-        (side, _), (after, _) = self.window_size, self.shift_size
-        before = (side - after) % side
-        x = F.pad(x, (0, 0, before, after, before, after))
-        windows = window_partition(x, self.window_size).flatten(1, 2)  # (W, N, C)
-        heads = windows.unflatten(-1, (self.num_heads, -1))  # (W, N, h, C / h)
-        mixed = self.attn(heads.transpose(1, 2).flatten(1, 2)).unflatten(1, (self.num_heads, -1)).transpose(1, 2)
-        x = window_reverse(mixed.reshape(-1, side, side, channels), self.window_size, *x.shape[1:3])
-        return x[:, before : before + height, before : before + width]
+    _, height, width, channels = x.shape
+    (side, _), (after, _), number = block.window_size, block.shift_size, block.attn.groups
+    before = (side - after) % side
+    x = F.pad(x, (0, 0, before, after, before, after))
+    windows = window_partition(x, block.window_size).flatten(1, 2)  # (W, N, C)
+    heads = windows.unflatten(-1, (number, -1))  # (W, N, h, C / h)
+    mixed = block.attn(heads.transpose(1, 2).flatten(1, 2)).unflatten(1, (number, -1)).transpose(1, 2)
+    x = window_reverse(mixed.reshape(-1, side, side, channels), block.window_size, *x.shape[1:3])
+    return x[:, before : before + height, before : before + width]
 
 
 def swin_mixer(name: str, img_size: int | None = None, num_classes: int = 1000, **_: Any) -> nn.Module:
-    """Swin-Mixer, Swin with :class:`WindowMLP` (arXiv 2103.14030, Table 10)."""
+    """Swin-Mixer, Swin with :func:`window_mlp` in place of attention (arXiv 2103.14030, Table 10)."""
     side, arguments = SWIN_MIXERS[name]
-    with patch("timm.models.swin_transformer.SwinTransformerBlock", WindowMLP):
-        return SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
+    model = SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
+    for block in chain.from_iterable(stage.blocks for stage in model.layers):
+        positions = block.attn.num_heads * block.window_area
+        block.attn = nn.Conv1d(positions, positions, 1, groups=block.attn.num_heads)
+        block._attn = partial(window_mlp, block)
+    return model
 
 
 for _name in (*SWIN_MIXERS, *PVT_LAYERS):

@@ -36,6 +36,7 @@ from metaformer.analysis import contestants
 from metaformer.analysis.contestants import DTYPES, SEED, TOLERANCES, Cell, Contestant, Entry
 from metaformer.analysis.count import count
 from metaformer.errors import InputError
+from metaformer.export import largest_error
 from metaformer.mixers import Size
 from metaformer.model import MetaFormer, size_after
 from metaformer.provenance import provenance
@@ -125,7 +126,7 @@ def warm_up(
     freezes = entry.runtime == "compiled" and not training and cell.device == "cpu"
     with inductor.patch(freezing=True) if freezes else nullcontext():
         first, *_, last = (seconds_of(contestant.call, 1, cell.device) for _ in range(WARM_UP))
-    error = contestants.largest_error(contestant.outputs(), expected)
+    error = largest_error(contestant.outputs(), expected)
     if not error <= TOLERANCES[cell.precision]:
         raise InputError(f"its output differs from the plain form's in float32 by {error:.1e} of it")
     peak = None

@@ -259,9 +259,3 @@ def reference(form: str, cell: Cell) -> list[Tensor]:
         return [logits]
     F.cross_entropy(logits, given(cell).labels).backward()
     return [logits.detach(), stem_of(plain).grad]
-
-
-def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest |found - expected| / |expected| (Euclidean norms); NaN if any value is."""
-    errors = [(value.float() - right).norm() / right.norm() for value, right in zip(found, expected, strict=True)]
-    return torch.stack(errors).max().item()

@@ -16,14 +16,15 @@ import timm
 import torch
 from accelerate import init_empty_weights
 from timm.layers import to_ntuple
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import metaformer
 from metaformer.analysis import baselines  # noqa: F401  (registers models of Table 2)
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError
 from metaformer.mixers import Size
 from metaformer.provenance import installed, write_json
+from metaformer.weights.opener import create
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fvcore's import uses it
@@ -61,8 +62,7 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
         InputError: the model or config does not exist or does not take this size, or the model of a config needs more
             than images or has other second stages than Faster and Mask R-CNN.
     """
-    with init_empty_weights():  # on the meta device, where initialisation takes no time
-        network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
+    network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
     analysis = FlopCountAnalysis(network.eval().to("meta"), torch.zeros(1, 3, *size, device="meta"))
     analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -119,13 +119,13 @@ def size_of(given: list[int]) -> Size:
 
 
 def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
-    if not timm.is_model(name):
-        raise InputError(f"there is no model {name!r}{nearest(name, timm.list_models())}")
-    settings = timm.get_pretrained_cfg(name)
+    settings = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    settings = settings or PretrainedCfg()  # of a model that a user has registered without one
     if size is None:
-        return timm.create_model(name), settings.input_size[1:]
-    fixed = name in metaformer.VARIANTS or settings.fixed_input_size
-    return timm.create_model(name, **({"img_size": size} if fixed else {})), size
+        with init_empty_weights():  # on the meta device, where initialisation takes no time
+            return create(name, None, {}), settings.input_size[1:]
+    # With weights: some models compute tables with them for another size.
+    return create(name, None, {"img_size": size} if settings.fixed_input_size else {}), size
 
 
 def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
@@ -133,7 +133,8 @@ def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
     from metaformer.mm.config import build_model, read_config
 
     config = read_config(path, DEFAULT_SIZES)
-    model = build_model(config)
+    with init_empty_weights():
+        model = build_model(config)
     if hasattr(model, "roi_head"):
         model.forward = partial(two_stages, model)
     return model, size or DEFAULT_SIZES[config.default_scope]
@@ -161,10 +162,13 @@ def parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """MACs of queries times keys and of weights times values; the inputs are (..., positions, channels)."""
-    *_, queries, channels = inputs[0].type().sizes()
-    *heads, keys, _ = inputs[1].type().sizes()
-    return 2 * math.prod(heads) * queries * keys * channels
+    """MACs of queries times keys and of weights times values, all (..., positions, channels).
+
+    Keys and values may have one head for several of the queries.
+    """
+    *heads, queries, values = outputs[0].type().sizes()
+    *_, keys, channels = inputs[1].type().sizes()
+    return math.prod(heads) * queries * keys * (channels + values)
 
 
 ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)

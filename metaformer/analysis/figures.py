@@ -190,7 +190,10 @@ def curves(runs: list[Path]) -> Figure:
     kinds = {}
     for i, run in enumerate(runs):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i // len(COLOURS) % len(dashes)]}
-        losses, accuracies, kind = read_run(run)
+        try:
+            losses, accuracies, kind = read_run(run)
+        except (KeyError, ValueError) as error:  # of pandas and json, for a damaged file
+            raise InputError(f"cannot draw the run {run}: {error}") from error
         loss.plot(losses.index, losses, label=run.resolve().name, **style)
         accuracy.plot(accuracies.index, accuracies, marker=".", label=run.resolve().name, **style)
         kinds[kind] = run

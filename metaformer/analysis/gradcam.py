@@ -12,9 +12,10 @@ from PIL import Image, ImageOps
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from timm.data import resolve_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from metaformer import MetaFormer, open_checkpoint
+from metaformer import open_checkpoint
 from metaformer.errors import InputError
 from metaformer.mixers import Size
 from metaformer.training.batches import to_rgb
@@ -23,32 +24,33 @@ PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolfor
 """The columns of Figure 4; the ResNet has the RSB A2 weights of 300 epochs."""
 
 
-def target_layer(name: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
-    """The layer that the official script uses, and a function that turns its output into a map (B, C, H, W).
+def target_layer(name: str, model: nn.Module, size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
+    """The layer that the official script uses, and a function that turns its output for images of ``size`` into a map.
 
     The layer is the last stage of a MetaFormer or ResNet, the last block of a ResMLP, or the first norm of the last
     block of a DeiT (misc/cam_image.py of sail-sg/poolformer).
 
     Raises:
-        InputError: the model is of another kind.
+        InputError: the model is of another kind, or does not take RGB images.
     """
-    if isinstance(model, MetaFormer):
+    if (channels := get_model_input_config(model)["input_size"][0]) != 3:
+        raise InputError(f"{name} takes images of {channels} channels: Grad-CAM is drawn over RGB pictures")
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    if "MetaFormer" in kinds:  # timm's too
         return model.stages[-1], None
-    kind = type(model).__name__
-    if kind == "ResNet":
+    if "ResNet" in kinds:
         return model.layer4[-1], None
-    if kind == "MlpMixer":
-        return model.blocks[-1], partial(tokens_to_map, prefix=0)
-    if kind == "VisionTransformer":
-        return model.blocks[-1].norm1, partial(tokens_to_map, prefix=model.num_prefix_tokens)
-    raise InputError(f"{name} is a {kind}: Grad-CAM supports MetaFormer, ResNet, MlpMixer and VisionTransformer")
+    if "MlpMixer" in kinds:
+        return model.blocks[-1], partial(tokens_to_map, prefix=0, grid=model.stem.dynamic_feat_size(size))
+    if "VisionTransformer" in kinds:
+        grid = model.patch_embed.dynamic_feat_size(size)
+        return model.blocks[-1].norm1, partial(tokens_to_map, prefix=model.num_prefix_tokens, grid=grid)
+    raise InputError(f"{name} is a {kinds[0]}: Grad-CAM supports MetaFormer, ResNet, MlpMixer and VisionTransformer")
 
 
-def tokens_to_map(tokens: Tensor, prefix: int) -> Tensor:
-    """(B, prefix + side^2, C) to (B, C, side, side), without the ``prefix`` class and distillation tokens."""
-    tokens = tokens[:, prefix:].transpose(1, 2)
-    side = round(tokens.shape[2] ** 0.5)
-    return tokens.unflatten(2, (side, side))
+def tokens_to_map(tokens: Tensor, prefix: int, grid: Size) -> Tensor:
+    """(B, prefix + H * W, C) to (B, C, H, W) for a ``grid`` of H x W, without the ``prefix`` first tokens."""
+    return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
 
 def read_picture(path: Path, size: Size = (224, 224)) -> np.ndarray:
@@ -68,10 +70,10 @@ def maps(name: str, source: str | Path, paths: list[Path]) -> list[np.ndarray]:
 
 
 def cam_of(name: str, model: nn.Module, pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """The pictures (H, W, 3) with the model's map drawn over each."""
+    """The pictures (H, W, 3), of one size, with the model's map drawn over each."""
     own = resolve_data_config(model=model)
     mean, std = (torch.tensor(own[key]).view(3, 1, 1) for key in ("mean", "std"))
-    layer, reshape = target_layer(name, model)
+    layer, reshape = target_layer(name, model, pictures[0].shape[:2])
     overlays = []
     with GradCAM(model=model, target_layers=[layer], reshape_transform=reshape) as cam:
         for picture in pictures:

@@ -16,9 +16,16 @@ from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Record, Training, read_record
 from metaformer.records.schema import Classification, Detection, Evaluation, Segmentation
-from metaformer.records.statistics import Results, student
-from metaformer.variants import VARIANTS
+from metaformer.records.statistics import Results, compared, student
+from metaformer.training.config import CONFIGS, read_yaml
+from metaformer.variants import ABLATIONS, VARIANTS
 from metaformer.weights.opener import INPUTS
+
+EXECUTION = {
+    *("epochs", "dataset", "dataset_args", "num_classes", "train_split", "val_split", "data_in_memory"),
+    *("device_batch", "precision", "channels_last", "compile", "grad_checkpointing", "deterministic"),
+}
+"""Settings of a run that its row states or that its machine and the form of its data decide."""
 
 
 class Measured:
@@ -67,15 +74,14 @@ class Measured:
             for record in self.of_model(kind, build) if build else []:
                 value = dict(record.metrics).get(metric, -1)
                 if epochs_of(record) == epochs and value >= 0:
-                    file = record.checkpoint.file if record.checkpoint else "no checkpoint"
-                    by_file[file].append(100 * value if metric.startswith("coco/") else value)
+                    by_file[source_of(record)].append(100 * value if metric.startswith("coco/") else value)
         texts = []
         for file, values in by_file.items():
-            shown = str(Number(values[0], 1))
-            if (number := len(values)) > 1:
+            shown, number = str(Number(values[0], 1)), len(values)
+            if len(set(values)) > 1:
                 interval = student(mean(values), stdev(values) / math.sqrt(number), number - 1)
-                shown = f"{Mean(interval.value, interval.high - interval.value)} (95 %) of {number} runs"
-            texts.append(f"{shown} ({file})")
+                shown = f"{Mean(interval.value, interval.high - interval.value)} (95 %)"
+            texts.append(f"{shown}{f' of {number} runs' if number > 1 else ''} ({file})")
         return Measurement("; ".join(texts) or None)
 
 
@@ -95,6 +101,18 @@ def latest(records: list[Record]) -> list[Record]:
 def epochs_of(record: Evaluation) -> int:
     """Epochs that the weights were trained for; the paper's 300 if the record does not state them."""
     return record.training.epochs if isinstance(record, Classification) and record.training else 300
+
+
+def source_of(record: Evaluation) -> str:
+    """The weights' file, and the settings in which the run that trained them departs from the config of its model."""
+    file = record.checkpoint.file if record.checkpoint else "no checkpoint"
+    config = CONFIGS.parent / ("ablations" if record.model in ABLATIONS else "classification") / f"{record.model}.yaml"
+    if not isinstance(record, Classification) or not record.training or not config.is_file():
+        return file
+    given = record.training.model_dump()
+    fields = compared(read_yaml(config), given, str(config)).items()
+    changes = [f"{key}={found}" for key, (found, own) in fields if key in given.keys() - EXECUTION and found != own]
+    return ", ".join([file, *changes])
 
 
 def place_of(model: str, path: Path) -> tuple[str, Row]:

@@ -115,7 +115,7 @@ def validate(
         metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skips)
     names = {"model_args", "img_size", "crop_pct", "interpolation", "mean", "std", "seed"}
     precision = precision_on(config, processes.device)
-    training = {name: opened.config[name] for name in ("epochs", "seed")} if opened.config else None
+    training = {name: opened.config[name] for name in Config.model_fields if name in (opened.config or ())} or None
     if training and (run := read_run(opened.path.parent)).get("status", "finished") != "finished":
         training["epochs"] = run["epochs"]["done"]
     record = {

@@ -3,20 +3,23 @@
 import json
 from copy import deepcopy
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save
 from timm.data import create_transform
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from metaformer.errors import InputError, check_known
+from metaformer.export import largest_error
 from metaformer.formats import TO, convert
 from metaformer.model import MetaFormer
-from metaformer.provenance import write_json, write_torch, writing
+from metaformer.provenance import write_file, write_json, write_torch, writing
 from metaformer.variants import POOLFORMERS, VARIANTS
 from metaformer.weights.card import write_card
 from metaformer.weights.described import architecture
@@ -84,7 +87,7 @@ def compared_with_timm(opened: Opened) -> list[str]:
     theirs.load_state_dict(convert(model.state_dict(), "timm"))
     images = random_images(opened)
     with torch.inference_mode():
-        error = relative_error(theirs(images), model(images))
+        error = largest_error([theirs(images)], [model(images)])
     remark = (
         "timm averages before the last norm, where the paper's code norms first: "
         f"its logits differ by {100 * error:.1f} % on random images"
@@ -93,17 +96,18 @@ def compared_with_timm(opened: Opened) -> list[str]:
 
 
 def write_timm_folder(opened: Opened, folder: Path) -> list[str]:
-    """The folder of ``timm.models.save_for_hf``, which transformers' ``TimmWrapper`` and timm's ``local-dir:`` load."""
-    data = {"input_size": (opened.model.pretrained_cfg["input_size"][0], *opened.size), **opened.inputs}
+    """The files of ``timm.models.save_for_hf``, which transformers' ``TimmWrapper`` and timm's ``local-dir:`` load."""
+    data = {"img_size": opened.size, "crop_pct": opened.crop_pct}  # the model states the rest
     names = {"label_names": opened.class_names}
-    with writing(folder):
+    with NamedTemporaryFile() as file:
         try:
-            save_for_hf(opened.model, folder, model_config=names, data_config=data, safe_serialization=True)
+            save_config_for_hf(opened.model, file.name, model_config=names, data_config=data)
         except ValueError as error:
             raise InputError(f"timm-hf cannot represent {opened.name} as it was trained: {error}") from error
-    config = json.loads((folder / "config.json").read_text())
+        config = json.loads(Path(file.name).read_text())
     config["model_args"].pop("num_classes", None)  # TimmWrapper gives it to timm.create_model itself
     write_json(folder / "config.json", config)
+    write_file(folder / "model.safetensors", save(opened.model.state_dict()))
     if opened.config and (opened.path.parent / "run.json").is_file():
         write_card(opened, folder)
     return []
@@ -166,7 +170,7 @@ def difference_by(processor: Any, opened: Opened) -> float:
     picture = Image.fromarray(rough).resize((2 * opened.size[0],) * 2, Image.Resampling.BICUBIC)
     ours = create_transform(opened.size[0], **opened.inputs)(picture)[None]
     theirs = processor(picture, return_tensors="pt")["pixel_values"]
-    return relative_error(opened.model(theirs), opened.model(ours))
+    return largest_error([opened.model(theirs)], [opened.model(ours)])
 
 
 @torch.inference_mode()
@@ -193,7 +197,7 @@ def check_same(opened: Opened, theirs: nn.Module, form: str, library: str, metho
         raise InputError(f"{refused}: {error}") from error
     images = random_images(opened)
     output = getattr(theirs, method)(images)
-    error = relative_error(getattr(output, "logits", output), getattr(model, method)(images))
+    error = largest_error([getattr(output, "logits", output)], [getattr(model, method)(images)])
     if not error <= TOLERANCE:
         raise InputError(f"{refused}: with equal weights, its output would differ by {100 * error:.0f} %")
 
@@ -203,7 +207,3 @@ def random_images(opened: Opened) -> Tensor:
     smallest = 0 if opened.model.fixed_size else 2 * opened.model.feature_info[-1]["reduction"]
     size = (max(side, smallest) for side in opened.size)
     return torch.randn(2, opened.model.in_chans, *size, generator=torch.Generator().manual_seed(0))
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    return ((value - reference).norm() / reference.norm()).item()
