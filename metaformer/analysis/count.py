@@ -119,13 +119,12 @@ def size_of(given: list[int]) -> Size:
 
 
 def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
-    settings = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    settings = settings or PretrainedCfg()  # of a model that a user has registered without one
-    if size is None:
-        with init_empty_weights():  # on the meta device, where initialisation takes no time
-            return create(name, None, {}), settings.input_size[1:]
-    # With weights: some models compute tables with them for another size.
-    return create(name, None, {"img_size": size} if settings.fixed_input_size else {}), size
+    with init_empty_weights():  # on the meta device, where initialisation takes no time
+        network = create(name, None, {})
+    settings = timm.get_pretrained_cfg(name) or PretrainedCfg()  # a model of a user may have none
+    if size and settings.fixed_input_size:  # with weights, from which some models compute tables for the size
+        network = create(name, None, {"img_size": size})
+    return network, size or settings.input_size[1:]
 
 
 def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:

@@ -187,22 +187,19 @@ def curves(runs: list[Path]) -> Figure:
     figure = Figure(figsize=(9.6, 3.8))
     loss, accuracy = figure.subplots(1, 2)
     dashes = ("-", "--", ":", "-.")
-    kinds = {}
     for i, run in enumerate(runs):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i // len(COLOURS) % len(dashes)]}
         try:
             losses, accuracies, kind = read_run(run)
         except (KeyError, ValueError) as error:  # of pandas and json, for a damaged file
             raise InputError(f"cannot draw the run {run}: {error}") from error
+        if i and kind != accuracy.get_ylabel():
+            raise InputError(f"{run} has {kind} and {runs[0]} {accuracy.get_ylabel()}: draw them in two figures")
+        step = "epoch" if kind == "top-1, %" else "iteration"
+        loss.set(xlabel=step, ylabel="training loss")
+        accuracy.set(xlabel=step, ylabel=kind)
         loss.plot(losses.index, losses, label=run.resolve().name, **style)
         accuracy.plot(accuracies.index, accuracies, marker=".", label=run.resolve().name, **style)
-        kinds[kind] = run
-    if len(kinds) > 1:
-        (first, one), (second, other) = list(kinds.items())[:2]
-        raise InputError(f"{one} has {first} and {other} has {second}: draw them in two figures")
-    step = "epoch" if kinds.keys() == {"top-1, %"} else "iteration"
-    loss.set(xlabel=step, ylabel="training loss")
-    accuracy.set(xlabel=step, ylabel=next(iter(kinds)))
     accuracy.legend(frameon=False)
     return figure
 

@@ -16,16 +16,13 @@ from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Record, Training, read_record
 from metaformer.records.schema import Classification, Detection, Evaluation, Segmentation
-from metaformer.records.statistics import Results, compared, student
+from metaformer.records.statistics import Results, student
 from metaformer.training.config import CONFIGS, read_yaml
 from metaformer.variants import ABLATIONS, VARIANTS
 from metaformer.weights.opener import INPUTS
 
-EXECUTION = {
-    *("epochs", "dataset", "dataset_args", "num_classes", "train_split", "val_split", "data_in_memory"),
-    *("device_batch", "precision", "channels_last", "compile", "grad_checkpointing", "deterministic"),
-}
-"""Settings of a run that its row states or that its machine and the form of its data decide."""
+EXECUTION = {"epochs", "seed", "data_dir", "device_batch", "precision", "expected_top1"}
+"""Settings in the configs that the row of a run states, or that do not change what is computed."""
 
 
 class Measured:
@@ -110,9 +107,9 @@ def source_of(record: Evaluation) -> str:
     if not isinstance(record, Classification) or not record.training or not config.is_file():
         return file
     given = record.training.model_dump()
-    fields = compared(read_yaml(config), given, str(config)).items()
-    changes = [f"{key}={found}" for key, (found, own) in fields if key in given.keys() - EXECUTION and found != own]
-    return ", ".join([file, *changes])
+    recipe = {"pretrained": False, "checkpoint": None, "lr": None, **read_yaml(config)}
+    compared = sorted(recipe.keys() & given.keys() - EXECUTION)
+    return ", ".join([file, *(f"{key}={given[key]}" for key in compared if given[key] != recipe[key])])
 
 
 def place_of(model: str, path: Path) -> tuple[str, Row]:

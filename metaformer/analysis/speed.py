@@ -36,10 +36,8 @@ class Timing(NamedTuple):
     def times_timm(self, runtime: str) -> Range | None:
         """The speed over that of timm's class in the same round and layout."""
         entry = ("timm", runtime, self.contestant.memory_format)
-        for timm in self.cell.contestants:
-            if (timm.form, timm.runtime, timm.memory_format) == entry:
-                return spread(self.times(timm), 2)
-        return None
+        found = [of for of in self.cell.contestants if (of.form, of.runtime, of.memory_format) == entry]
+        return spread(self.times(found[0]), 2) if found else None
 
     def times(self, other: Contestant) -> list[float]:
         """The speed over that of another contestant, by round."""

@@ -162,7 +162,12 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
     settings, row = record.settings, record.settings.row
     if row not in ROWS:
         raise InputError(f"{name} has a record of row {row!r}, which ablate.py does not know")
-    fields = compared({**study.recipe, **ROWS[row]}, settings.model_dump(exclude_unset=True), name)
+    recipe = {**study.recipe, **ROWS[row]}
+    expected = check(recipe, source=name).model_dump(mode="json")
+    given = settings.model_dump(exclude_unset=True)
+    compared = expected.keys() - MAY_CHANGE - {"seed", "study", "row"} - (OF_MODEL - recipe.keys())
+    # Records of earlier versions lack later settings.
+    fields = {key: (given.get(key), expected[key]) for key in sorted(compared) if key in recipe or key in given}
     fields |= {f"data.{what}": (getattr(record.data, what, None), number) for what, number in study.data}
     fields["skipped pictures"] = sum(record.skipped.values()), 0
     for field, (found, planned) in fields.items():
@@ -171,14 +176,6 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
                 f"{name} has a record of row {row}, seed {record.seed} with {field}={found}, and the study has "
                 f"{planned}: the record has another recipe or other data, so remove it"
             )
-
-
-def compared(recipe: dict[str, Any], given: dict[str, Any], source: str) -> dict[str, tuple[Any, Any]]:
-    """A run's settings beside those of a recipe (a config's), without those that do not change what is computed."""
-    expected = check(recipe, source=source).model_dump(mode="json")
-    names = expected.keys() - MAY_CHANGE - {"seed", "study", "row"} - (OF_MODEL - recipe.keys())
-    # Records of earlier versions lack later settings.
-    return {key: (given.get(key), expected[key]) for key in sorted(names) if key in recipe or key in given}
 
 
 @cache

@@ -152,6 +152,7 @@ def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
         image_std=opened.std,
     )
     with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # transformers only logs that it is a file
         theirs.save_pretrained(folder)
         processor.save_pretrained(folder)
     # transformers rounds the crop's corner down, torchvision to the nearest even number.
