@@ -178,9 +178,10 @@ def test_attention_of_shared_keys_and_narrow_values_is_counted():
         assert analysis.total() == macs == 4 * 10 * 20 * (8 + 3)
 
 
-def test_models_that_compute_with_their_weights_are_built_for_other_sizes():
-    model, size = count.build_timm("swinv2_tiny_window8_256", (512, 512))
-    assert model.patch_embed.img_size == size == (512, 512)
+@pytest.mark.parametrize(("given", "size"), [(None, (256, 256)), ((512, 512), (512, 512))])
+def test_models_that_compute_with_their_weights_as_they_are_built(given, size):
+    model, found = count.build_timm("swinv2_tiny_window8_256", given)
+    assert model.patch_embed.img_size == found == size
 
 
 def test_a_model_that_a_user_has_registered(monkeypatch):
@@ -220,6 +221,7 @@ def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
         (["poolformer_s112"], "there is no model 'poolformer_s112' (did you mean 'poolformer_s12'?)"),
         (["configs/detection/none.py"], "there is no config configs/detection/none.py"),
         ([ROOT / "configs/detection/_base_/coco_1x.py"], "is not the config of a model"),
+        (["resnet50.a100"], "resnet50.a100 cannot be built with these arguments: Invalid pretrained tag"),
         (["poolformer_s12", "--size", "1"], "cannot count poolformer_s12 at 1 x 1 pixels: the model must take"),
         (["poolformer_s12", "--size", "1", "2", "3"], "give one side or height and width"),
     ],

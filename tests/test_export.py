@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from torch import nn
 
 from metaformer import Attention, MetaFormer, Pooling, export, open_checkpoint
 from metaformer.errors import InputError
@@ -122,11 +123,17 @@ def test_what_pytorch_cannot_export_is_named(tmp_path, to):
     assert not (tmp_path / "file").exists()
 
 
-def test_moving_average_and_other_architectures_on_grey_images(exported, tmp_path):
-    model = save_run(tmp_path / "run", "resnet18", model_args={"in_chans": 1}, ema_decay=0.5)
+def test_grey_images_of_other_architectures(tmp_path):
+    model = nn.Conv2d(1, 2, 1).eval()
+    model.in_chans = 1  # as timm's models state it
+    assert "images (batch, 1, 8, 8); " in export.export(model, (8, 8), "torch-export", tmp_path / "file")
+
+
+def test_moving_average_and_other_architectures(exported, tmp_path):
+    model = save_run(tmp_path / "run", "resnet18", model_args={}, ema_decay=0.5)
     out = ("--to", "torch-export", "--out", tmp_path / "file")
     exported(tmp_path / "run" / "best.pt", *out)
-    images = torch.randn(4, 1, 32, 32)
+    images = torch.randn(4, 3, 32, 32)
     assert_same(outputs_of(tmp_path / "file", "torch-export", images), {"logits": model(images)})
     error = exported(tmp_path / "run", *out, "--features", status=2)
     assert "resnet18 is not a MetaFormer: export it without --features" in error

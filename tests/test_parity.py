@@ -1,21 +1,32 @@
-"""The training batch against timm's own loader, which the official script uses, and the command's wrong input."""
+"""The training batch against timm's own loader, which the official script uses, the command, and its wrong input.
 
+The recipe and the training loop of the official code are compared with a clone alone, by analysis/parity.py.
+"""
+
+import json
+from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import FastCollateMixup, rand_bbox
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import nn
+from torch.func import functional_call
 
-from conftest import TINY
-from metaformer.analysis import official
+from conftest import ROOT, TINY
+from metaformer import convert
+from metaformer.analysis import official, parity
 from metaformer.training.batches import seed_everything
 from metaformer.training.config import CONFIGS, Config, load_config
 from metaformer.training.distributed import Processes
 from metaformer.training.engine import Trainer
 from metaformer.training.recipe import Mixing
+from oracles import SMALL
 
 CPU = torch.device("cpu")
 
@@ -72,6 +83,49 @@ def test_a_step_mixes_then_normalises_then_erases_as_timms_prefetcher(pictures, 
 def test_the_crops_ratio_is_timms():
     ratio = RandomResizedCropAndInterpolation(224).ratio
     assert load_config([str(CONFIGS / "imagenet.yaml")]).ratio == Config().ratio == tuple(ratio)
+
+
+class Renamed(nn.Module):
+    """A model of ours under the official names, whose logits are multiplied by a factor."""
+
+    default_cfg = None
+
+    def __init__(self, model: nn.Module, factor: float):
+        super().__init__()
+        self.ours, self.factor = [model], factor  # a list, so that its parameters are not listed as well
+        for name, parameter in convert(dict(model.named_parameters()), "official").items():
+            *path, last = name.split(".")
+            place = self
+            for part in path:
+                place.add_module(part, getattr(place, part, None) or nn.Module())
+                place = getattr(place, part)
+            place.register_parameter(last, parameter)
+
+    def forward(self, images):
+        return self.factor * functional_call(self.ours[0].double(), convert(dict(self.named_parameters())), images)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-6])
+def test_a_model_that_computes_something_else_is_found(error, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **SMALL))
+    model = timm.create_model("metaformer_s12_identity")
+    train = SimpleNamespace(models=SimpleNamespace(metaformer_id_s12=lambda: Renamed(model, 1 + error)))
+    rows = list(parity.compare_model(train, "metaformer_s12_identity"))
+    assert [row["what"] for row in rows] == ["logits", "gradients of all parameters"]
+    for row in rows:
+        assert row["difference"] == pytest.approx(error, rel=1e-3, abs=row["tolerance"])
+        assert (row["difference"] > row["tolerance"]) == bool(error)
+
+
+def test_the_status_tells_whether_anything_differs(monkeypatch, command, tmp_path):
+    (path,) = (ROOT / "analysis/results").glob("parity-*.json")
+    record = json.loads(path.read_text())
+    monkeypatch.setattr(parity, "measure", lambda clone: record)
+    for difference, expected in ((0.0, 0), (1e-3, 1)):
+        record["compared"][0]["difference"] = difference
+        status, printed, _ = command("analysis/parity.py", "clone", "--record", tmp_path / "record.json")
+        assert (status, printed.count("unexplained")) == (expected, expected)
+        assert json.loads((tmp_path / "record.json").read_text())["compared"] == record["compared"]
 
 
 @pytest.mark.parametrize(

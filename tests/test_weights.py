@@ -723,6 +723,14 @@ def test_an_error_of_the_command_is_one_line(convert, tmp_path):
     )
 
 
+@pytest.mark.parametrize("to", ["hf", "timm-hf"])
+def test_a_file_in_the_place_of_a_folder_is_kept(to, convert, tmp_path):
+    save_run(tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    assert convert(tmp_path / "run", tmp_path / "file", "--to", to, status=2).startswith("error: cannot write ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_grey_images(tmp_path):
     model = small(in_chans=1)
     torch.save({"arch": "poolformer_s12", "state_dict": model.state_dict()}, tmp_path / "weights.pt")

@@ -119,10 +119,13 @@ def size_of(given: list[int]) -> Size:
 
 
 def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
-    with init_empty_weights():  # on the meta device, where initialisation takes no time
+    try:
+        with init_empty_weights():  # on the meta device, where initialisation takes no time
+            network = create(name, None, {})
+    except InputError:  # of a model that computes with its weights as it is built
         network = create(name, None, {})
     settings = timm.get_pretrained_cfg(name) or PretrainedCfg()  # a model of a user may have none
-    if size and settings.fixed_input_size:  # with weights, from which some models compute tables for the size
+    if size and settings.fixed_input_size:
         network = create(name, None, {"img_size": size})
     return network, size or settings.input_size[1:]
 
