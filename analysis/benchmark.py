@@ -56,12 +56,6 @@ GROWTH = {
 """Values of --growth, which changes one field of a cell at a time."""
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
-    return int(text)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -72,13 +66,13 @@ def parse() -> argparse.Namespace:
     add("--forms", nargs="+", choices=OURS + OTHERS, help="what is compared (default: all that the model has)")
     add("--runtimes", nargs="+", choices=RUNTIMES, help="what runs the forms (default: eager)")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is timed (default: both)")
-    add("--batch", type=positive, nargs="+", metavar="N", help="images in a batch (default: 8)")
-    add("--size", type=positive, nargs="+", default=[224], metavar="PIXELS", help="side, or height and width (224)")
+    add("--batch", type=int, nargs="+", metavar="N", help="images in a batch (default: 8)")
+    add("--size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side, or height and width (224)")
     add("--precision", nargs="+", choices=contestants.DTYPES, help="default: float32")
     add("--memory-format", nargs="+", choices=LAYOUTS, help="default: channels_last")
     gpu = torch.cuda.is_available()
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="default: a GPU if there is one")
-    add("--rounds", type=positive, default=7, metavar="N", help="turns of each contestant (default: %(default)s)")
+    add("--rounds", type=int, default=7, metavar="N", help="turns of each contestant (default: %(default)s)")
     add("--seconds", type=float, default=0.2, metavar="S", help="least duration of a turn (default: %(default)s)")
     add("--memory", action="store_true", help="measure the memory of eager forms on a CPU as well")
     add("--record", type=Path, metavar="FILE", help="JSON record (default: runs/benchmark-MODEL-DATE.json)")
@@ -88,6 +82,8 @@ def parse() -> argparse.Namespace:
 def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestants.Entry]]]:
     """The cells that the options ask for, with the contestants of each."""
     size = size_of(options.size)
+    if min(options.rounds, *(options.batch or [1])) < 1:
+        raise InputError("--batch and --rounds: give whole numbers from 1")
     if not options.seconds > 0:
         raise InputError(f"--seconds {options.seconds:g}: give a duration above 0")
     if options.device == "cuda" and not torch.cuda.is_available():

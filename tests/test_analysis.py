@@ -31,6 +31,7 @@ from conftest import ROOT
 from metaformer import ABLATIONS, POOLFORMERS, InputError, open_checkpoint, records
 from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, report, tables
 from metaformer.analysis.baselines import window_mlp
+from metaformer.records.schema import without_machine_paths
 from metaformer.training.config import load_config
 
 PAPER = yaml.safe_load((ROOT / "analysis/paper.yaml").read_text())
@@ -221,7 +222,7 @@ def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):
         (["poolformer_s112"], "there is no model 'poolformer_s112' (did you mean 'poolformer_s12'?)"),
         (["configs/detection/none.py"], "there is no config configs/detection/none.py"),
         ([ROOT / "configs/detection/_base_/coco_1x.py"], "is not the config of a model"),
-        (["resnet50.a100"], "resnet50.a100 cannot be built with these arguments: Invalid pretrained tag"),
+        (["resnet50.a100"], "resnet50.a100 does not take these arguments: Invalid pretrained tag"),
         (["poolformer_s12", "--size", "1"], "cannot count poolformer_s12 at 1 x 1 pixels: the model must take"),
         (["poolformer_s12", "--size", "1", "2", "3"], "give one side or height and width"),
     ],
@@ -700,7 +701,12 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         ),
         (evaluation(settings={"img_size": 224, "mean": [0.5, 0.5, 0.5]}), "settings.mean is [0.5, 0.5, 0.5], but"),
         (evaluation(settings={"img_size": 224, "model_args": {"dims": [8]}}), "settings.model_args is {'dims': [8]}"),
-        (evaluation(epochs=7), "training.epochs is 7"),
+        (evaluation(epochs=7), "training.epochs is 7, but the paper has [300, 400, 500, 1000, 1500, 2000, 2500, 3000]"),
+        (evaluation(model="poolformer_s24", epochs=400), "training.epochs is 400, but the paper has [300] for this"),
+        (
+            evaluation(model="deit_small_patch16_224", settings={"img_size": 224, "crop_pct": 1.0}),
+            "settings.crop_pct is 1.0, but table2 has 0.9",
+        ),
         (
             evaluation(model="fpn_r50_8xb4-40k_ade20k-512x512", data={"classes": 150}),
             "kind is classification, but table4 has segmentation",
@@ -808,7 +814,7 @@ def test_runs_become_records(run, command, tmp_path):
 
 
 def test_paths_of_the_machine_are_cut(tmp_path):
-    cut = records.without_machine_paths
+    cut = without_machine_paths
     assert cut("python /home/me/x/validate.py run data_dir=/data/imagenet/ --a=~/b") == (
         "python validate.py run data_dir=imagenet --a=b"
     )

@@ -427,7 +427,7 @@ def test_timm_s_input_size_need_not_be_a_square():
 
 
 def test_arguments_that_pytorch_refuses():
-    with pytest.raises(InputError, match=r"poolformer_s12 cannot be built with these arguments: .*negative dimension"):
+    with pytest.raises(InputError, match=r"poolformer_s12 does not take these arguments: .*negative dimension"):
         create("poolformer_s12", None, {"in_chans": -1})
 
 

@@ -4,5 +4,5 @@
 runs of studies.
 """
 
-from metaformer.records.importing import import_records, without_machine_paths
+from metaformer.records.importing import import_records
 from metaformer.records.schema import Benchmark, Loading, Parity, Record, Training, parse, read_record

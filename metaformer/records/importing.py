@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from metaformer.errors import InputError
 from metaformer.provenance import write_json
@@ -27,17 +26,6 @@ def sources(path: Path) -> list[Path]:
     return found
 
 
-def without_machine_paths(value: Any) -> Any:
-    """A copy of a record in which every absolute path is cut to its last part."""
-    if isinstance(value, dict):
-        return {key: without_machine_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_machine_paths(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"(?<![\w.:/-])~?/[^\s'\",:;=]*[^\s'\",:;=/]/?", lambda m: Path(m[0]).name, value)
-    return value
-
-
 def import_records(
     paths: list[Path], results: Path = RESULTS, check: Callable[[Record, Path], None] = lambda record, path: None
 ) -> list[Path]:
@@ -51,10 +39,6 @@ def import_records(
         record = load(path)
         parsed = parse(record, path)
         check(parsed, path)
-        try:
-            record = without_machine_paths(record)
-        except RecursionError as error:
-            raise InputError(f"{path} is not a result record: it is nested too deeply") from error
         if isinstance(parsed, Training) and parsed.settings.study:
             # Named after row and seed, so that a run cannot be counted twice.
             checked[results / parsed.settings.study / f"{parsed.settings.row}-{parsed.seed}.json"] = record

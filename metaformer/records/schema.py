@@ -1,6 +1,7 @@
 """Fields and consistency rules of result records."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -376,13 +377,25 @@ def read_record(path: Path) -> Record:
     return parse(load(path), path)
 
 
+def without_machine_paths(value: Any) -> Any:
+    """A copy of a record in which every absolute path is cut to its last part."""
+    if isinstance(value, dict):
+        return {key: without_machine_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine_paths(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.:/-])~?/[^\s'\",:;=]*[^\s'\",:;=/]/?", lambda m: Path(m[0]).name, value)
+    return value
+
+
 def load(path: Path) -> dict[str, Any]:
+    """The content of a record, with all absolute paths cut to their last part."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return without_machine_paths(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"cannot read the record {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a result record: it is not JSON ({error})") from error
+        raise InputError(f"{path} is not a result record: it is not JSON, or nested too deeply ({error})") from error
 
 
 def parse(record: Any, path: Path) -> Record:

@@ -137,16 +137,14 @@ def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretra
         raise InputError(f"there is no model {name!r}{nearest(str(name), timm.list_models())}")
     try:  # timm leaves out arguments that are None, so a model without drop path works too
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
-    except (AssertionError, AttributeError, LookupError, TypeError) as error:
-        raise InputError(f"{name} does not take these arguments: {str(error) or type(error).__name__}") from error
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if pretrained and "loading state_dict" not in reason:
-            raise InputError(
-                f"cannot fetch the released weights of {name} ({reason}): give a checkpoint instead"
-            ) from error
-        what = "does not have its released weights with" if pretrained else "cannot be built with"
-        raise InputError(f"{name} {what} these arguments: {reason}") from error
+    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        loading = pretrained and isinstance(error, OSError | RuntimeError)
+        what = "does not have its released weights with" if loading else "does not take"
+        says = f"{name} {what} these arguments: {reason}"
+        if loading and "loading state_dict" not in reason:
+            says = f"cannot fetch the released weights of {name} ({reason}): give a checkpoint instead"
+        raise InputError(says) from error
 
 
 def arguments_of(name: str, settings: Settings) -> dict[str, Any]:

@@ -98,10 +98,9 @@ def compared_with_timm(opened: Opened) -> list[str]:
 def write_timm_folder(opened: Opened, folder: Path) -> list[str]:
     """The files of ``timm.models.save_for_hf``, which transformers' ``TimmWrapper`` and timm's ``local-dir:`` load."""
     data = {"img_size": opened.size, "crop_pct": opened.crop_pct}  # the model states the rest
-    names = {"label_names": opened.class_names}
     with NamedTemporaryFile() as file:
         try:
-            save_config_for_hf(opened.model, file.name, model_config=names, data_config=data)
+            save_config_for_hf(opened.model, file.name, {"label_names": opened.class_names}, data_config=data)
         except ValueError as error:
             raise InputError(f"timm-hf cannot represent {opened.name} as it was trained: {error}") from error
         config = json.loads(Path(file.name).read_text())
