@@ -57,9 +57,9 @@ def main() -> None:
     config = load_config([options.config]).model_copy(update=folder)
     torch.set_num_threads(1)  # as in a process of the loader
     record = {**measure(config, options.workers, options.images, options.rounds), **provenance()}
+    print(report(Loading.model_validate(record), consume))
     if options.record:
         write_json(options.record, record)
-    print(report(Loading.model_validate(record), consume))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ def main() -> int:
     add("--record", type=Path, metavar="FILE", help="write a JSON record to this file")
     options = parser.parse_args()
     record = {**measure(options.clone), **provenance()}
-    if options.record:
-        write_json(options.record, record)
     rows = parity_rows(Parity.model_validate(record))
     print(markdown(rows))
+    if options.record:
+        write_json(options.record, record)
     return int(any(row["verdict"] and row["verdict"].kind == "unexplained" for row in rows))
 
 

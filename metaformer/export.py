@@ -105,11 +105,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     images = torch.randn(2, channels, *traced)
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
     try:
-        if to == "onnx":
-            names = ["logits"] if model is backbone else [f"level{i}" for i in model.out_indices]
-            content, exported = onnx(model, images, dims, names)
-        else:
-            content, exported = torch_export(model, images, dims)
+        content, exported = (onnx if to == "onnx" else torch_export)(model, images, dims)
     except Exception as error:  # a model is code, and PyTorch refuses what it cannot trace in many ways
         reason = textwrap.shorten(str(error), 200)
         raise InputError(f"PyTorch cannot export this {type(backbone).__name__} to {to}: {reason}") from error
@@ -128,10 +124,11 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     )
 
 
-def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], outputs: list[str]) -> tuple[bytes, Exported]:
+def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim]) -> tuple[bytes, Exported]:
     """The content of an ONNX file, and a function that runs it."""
     import onnxruntime
 
+    outputs = [f"level{i}" for i in model.out_indices] if isinstance(model, FeatureGetterNet) else ["logits"]
     names = {"input_names": ["images"], "output_names": outputs}
     program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=(dims,), verbose=False, **names)
     content = program.model_proto.SerializeToString()

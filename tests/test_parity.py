@@ -126,6 +126,9 @@ def test_the_status_tells_whether_anything_differs(monkeypatch, command, tmp_pat
         status, printed, _ = command("analysis/parity.py", "clone", "--record", tmp_path / "record.json")
         assert (status, printed.count("unexplained")) == (expected, expected)
         assert json.loads((tmp_path / "record.json").read_text())["compared"] == record["compared"]
+    status, printed, error = command("analysis/parity.py", "clone", "--record", "/dev/null/record.json")
+    assert (status, "gradients of all parameters" in printed) == (2, True)  # minutes of work are not lost
+    assert error.startswith("error: cannot write /dev/null/record.json")
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def exported(entry: Entry, cell: Cell) -> Callable[[], Tensor]:
 @lru_cache(maxsize=1)
 def onnx(form: str, cell: Cell) -> bytes:
     """The ONNX file of a form for the images of the cell alone."""
-    return export.onnx(build(form, "contiguous", cell), given(cell).images, {}, ["logits"])[0]
+    return export.onnx(build(form, "contiguous", cell), given(cell).images, {})[0]
 
 
 @lru_cache(maxsize=len(OURS + OTHERS))
