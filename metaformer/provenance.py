@@ -121,6 +121,17 @@ def write_file(path: Path, content: bytes | memoryview, previous: Path | None = 
             raise
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file; raises an ``InputError`` if it is missing, damaged or holds something else than a mapping."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"cannot read {path}: it holds a {type(content).__name__}, not a mapping")
+    return content
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     write_file(path, json.dumps(record, indent=2).encode() + b"\n")
 

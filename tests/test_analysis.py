@@ -660,8 +660,8 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "is not a result record: kind"),
+        ("{", "cannot read "),
+        ("[1]", "it holds a list, not a mapping"),
         ({"kind": "poem"}, "is not a result record: kind"),
         (evaluation(metrics={"top1": 77.0, "images": 50000}), "metrics.top5: Field required"),
         (evaluation(metrics={"top1": 770, "top5": 99, "images": 50000}), "metrics.top1: Input should be less than"),
@@ -729,7 +729,7 @@ def test_the_tables_are_written_beside_a_wrong_record(root, make_tables):
     put(root, "right", evaluation(top1=77.1))
     status, _, error = make_tables("table2", "--format", "csv")
     assert (status, error.count("\n")) == (2, 1)
-    assert f"error: {path} is not a result record: it is not JSON" in error
+    assert f"error: cannot read {path}: " in error
     assert table(root, "table2").set_index("model").loc["PoolFormer-S12", "top-1, % (here)"] == "77.1 (best.pt)"
 
 
@@ -832,6 +832,15 @@ def test_records_of_the_same_second_are_both_kept(tmp_path):
         (tmp_path / f"{seed}.json").write_text(json.dumps(record))
     assert len(records.import_records([tmp_path / "0.json", tmp_path / "1.json"], tmp_path / "results")) == 2
     assert len(list((tmp_path / "results").glob("classification-hf_hub-a-b-*.json"))) == 2
+
+
+def test_a_damaged_run_of_a_study_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    for content in ("[1]", "{"):
+        (tmp_path / "baseline-0").mkdir(exist_ok=True)
+        (tmp_path / "baseline-0/run.json").write_text(content)
+        with pytest.raises(InputError, match=r"cannot read .*run\.json: "):
+            records.import_records([tmp_path], tmp_path / "results")
 
 
 def test_import_is_all_or_nothing(tmp_path):

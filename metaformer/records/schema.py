@@ -1,6 +1,5 @@
 """Fields and consistency rules of result records."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from metaformer.errors import InputError
+from metaformer.provenance import read_json
 from metaformer.training.config import Count, Positive
 
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -391,11 +391,9 @@ def without_machine_paths(value: Any) -> Any:
 def load(path: Path) -> dict[str, Any]:
     """The content of a record, with all absolute paths cut to their last part."""
     try:
-        return without_machine_paths(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"cannot read the record {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a result record: it is not JSON, or nested too deeply ({error})") from error
+        return without_machine_paths(read_json(path))
+    except RecursionError as error:
+        raise InputError(f"cannot read {path}: it is nested too deeply") from error
 
 
 def parse(record: Any, path: Path) -> Record:

@@ -9,8 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 from timm.data import create_transform
 
-from metaformer.provenance import sha256, write_file
-from metaformer.weights.described import read_json
+from metaformer.provenance import read_json, sha256, write_file
 from metaformer.weights.files import read_checkpoint
 from metaformer.weights.opener import Opened
 

@@ -1,6 +1,5 @@
 """Read the model, the input settings and the class names that a checkpoint states, in each format."""
 
-import json
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 
 from metaformer import variants
 from metaformer.errors import InputError
+from metaformer.provenance import read_json
 from metaformer.weights.files import HF_FILES
 
 Settings = dict[str, Any]
@@ -152,13 +152,3 @@ def ordered(names: dict[str, str] | list[str] | None) -> list[str] | None:
     if isinstance(names, dict):
         names = [names[key] for key in sorted(names, key=int)]
     return None if not names or names == [f"LABEL_{i}" for i in range(len(names))] else list(names)
-
-
-def read_json(path: Path) -> Settings:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not the settings of a model")
-    return content
