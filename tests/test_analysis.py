@@ -834,6 +834,19 @@ def test_records_of_the_same_second_are_both_kept(tmp_path):
     assert len(list((tmp_path / "results").glob("classification-hf_hub-a-b-*.json"))) == 2
 
 
+def test_another_run_of_a_row_and_seed_does_not_replace_the_first(tmp_path):
+    settings = {"study": "cifar10", "row": "baseline"}
+    first = {**TRAINING, "settings": settings, "curve": [{"top1": 50.0}], "starts": [common()]}
+    (tmp_path / "first.json").write_text(json.dumps(first))
+    (tmp_path / "other.json").write_text(json.dumps({**first, "starts": [{**common(), "date": "2026-02-02"}]}))
+    for _ in range(2):
+        (target,) = records.import_records([tmp_path / "first.json"], tmp_path / "results")
+    for given in ([tmp_path / "other.json"], [tmp_path / "first.json", tmp_path / "other.json"]):
+        with pytest.raises(InputError, match=r"other.json and .*baseline-0.json are different runs"):
+            records.import_records(given, tmp_path / "results")
+    assert json.loads(target.read_text()) == first
+
+
 def test_a_damaged_run_of_a_study_is_named(tmp_path):
     (tmp_path / "recipe.yaml").write_text("")
     for content in ("[1]", "{"):

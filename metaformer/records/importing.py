@@ -41,7 +41,11 @@ def import_records(
         check(parsed, path)
         if isinstance(parsed, Training) and parsed.settings.study:
             # Named after row and seed, so that a run cannot be counted twice.
-            checked[results / parsed.settings.study / f"{parsed.settings.row}-{parsed.seed}.json"] = record
+            target = results / parsed.settings.study / f"{parsed.settings.row}-{parsed.seed}.json"
+            earlier = checked.get(target) or (load(target) if target.is_file() else record)
+            if parse(earlier, target).starts[0].date != parsed.starts[0].date:
+                raise InputError(f"{path} and {target} are different runs of this row and seed: remove one of them")
+            checked[target] = record
             continue
         # The digest distinguishes records of the same second.
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]

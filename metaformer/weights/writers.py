@@ -16,7 +16,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from metaformer.errors import InputError, check_known
-from metaformer.export import largest_error
+from metaformer.export import TOLERANCE, largest_error
 from metaformer.formats import TO, convert
 from metaformer.model import MetaFormer
 from metaformer.provenance import write_file, write_json, write_torch, writing
@@ -33,8 +33,6 @@ MODELS = {
     "mmpretrain": list(POOLFORMERS),
 }
 """Models that exist in the libraries whose files contain weights only."""
-TOLERANCE = 1e-4
-"""Largest relative difference of float32 outputs (Euclidean norms) that is attributed to rounding."""
 
 
 def write(opened: Opened, to: str, target: Path) -> list[str]:
