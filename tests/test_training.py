@@ -478,6 +478,16 @@ def test_other_ways_to_train(settings, run):
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize("name", ["lamb", "lion", "adopt", "adafactor", "novograd"])
+def test_optimizers_other_than_adamw_have_their_own_epsilon_and_betas(name):
+    model = torch.nn.Linear(2, 2)
+    for settings, options in (([], {}), (["opt_eps=0.1"], {"eps": 0.1})):
+        made = recipe.build_optimizer(load_config([f"opt={name}", *settings]), model, 0.1)
+        own = timm.optim.create_optimizer_v2(model, name, lr=0.1, weight_decay=0.05, **options)
+        groups = [[{**group, "params": None} for group in each.param_groups] for each in (made, own)]
+        assert groups[0] == groups[1]
+
+
 def test_gradient_clipping_limits_the_step(run, monkeypatch):
     norms = []
     original = torch.nn.utils.clip_grad_norm_

@@ -17,7 +17,7 @@ from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Record, Training, read_record
 from metaformer.records.schema import Classification, Detection, Evaluation, Segmentation
 from metaformer.records.statistics import Results, student
-from metaformer.training.config import CONFIGS, read_yaml
+from metaformer.training.config import CONFIGS, load_config, read_yaml
 from metaformer.variants import ABLATIONS
 from metaformer.weights.opener import INPUTS
 
@@ -106,7 +106,8 @@ def source_of(record: Evaluation) -> str:
     if not isinstance(record, Classification) or not record.training or not config.is_file():
         return file
     given = record.training.model_dump()
-    recipe = {"pretrained": False, "checkpoint": None, "lr": None, **read_yaml(config)}
+    defaults = {"pretrained", "checkpoint", "lr", "opt_eps", "opt_betas"}
+    recipe = {**load_config([str(config)]).model_dump(mode="json", include=defaults), **read_yaml(config)}
     compared = sorted(recipe.keys() & given.keys() - EXECUTION)
     return ", ".join([file, *(f"{key}={given[key]}" for key in compared if given[key] != recipe[key])])
 

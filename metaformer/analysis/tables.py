@@ -8,7 +8,7 @@ from metaformer.analysis.cells import Number, Pair, Row, Table, Verdict, as_prin
 from metaformer.analysis.count import cached_count
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import ROOT, UNITS, captions, compare, counted_value, explained, paper, rows_of, table_of
-from metaformer.training.config import read_yaml
+from metaformer.training.config import load_config
 from metaformer.variants import VARIANTS
 
 
@@ -91,7 +91,7 @@ def in_words(value: Any) -> str:
 
 def recipe(size: str) -> Row:
     """The settings of a PoolFormer's config, its peak learning rate, and the arguments of the model."""
-    settings = read_yaml(ROOT / f"configs/classification/poolformer_{size}.yaml")
+    settings = load_config([f"{ROOT}/configs/classification/poolformer_{size}.yaml"]).model_dump(mode="json")
     settings["peak_lr"] = settings["base_lr"] * settings["global_batch"] / 1024
     return {**VARIANTS[settings["model"]].arguments, **settings}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from metaformer.errors import InputError, nearest
 from metaformer.provenance import write_file
@@ -18,14 +18,16 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 DEMO = CONFIGS / "mnist.yaml"
 Checked = TypeVar("Checked", bound=BaseModel)
 
-NotNegative = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Percent = Annotated[float, Field(ge=0, le=100)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# strict: true and false are no numbers.
+NotNegative = Annotated[float, Field(ge=0, strict=True)]
+Above0 = Annotated[float, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+PositiveShare = Annotated[float, Field(gt=0, le=1, strict=True)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Side = Annotated[int, Field(ge=32, strict=True)]
 Mean = tuple[Share, Share, Share]
 Std = tuple[PositiveShare, PositiveShare, PositiveShare]
 Filter = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -59,7 +61,7 @@ class Config(BaseModel):
         False, description="Decode all pictures (of one size) once; crop and flip batches on the device"
     )
 
-    img_size: Annotated[int, Field(ge=32)] = Field(224, description="Height and width of the input in pixels")
+    img_size: Side = Field(224, description="Height and width of the input in pixels")
     crop_pct: PositiveShare | None = Field(
         None, description="Share of the resized side that the evaluation crop keeps. null: the model's own"
     )
@@ -97,8 +99,8 @@ class Config(BaseModel):
     sched: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warmup")
     sched_on_updates: bool = Field(False, description="Change the learning rate at every step instead of every epoch")
     opt: str = Field("adamw", description="Name of an optimizer that timm knows")
-    opt_eps: NotNegative = Field(1.0e-8, description="Epsilon of the optimizer, if it has one")
-    opt_betas: tuple[BelowOne, ...] | None = Field((0.9, 0.999), description="Betas of the optimizer. null: its own")
+    opt_eps: NotNegative | None = Field(1.0e-8, description="Epsilon. null, or not given beside another `opt`: its own")
+    opt_betas: tuple[BelowOne, ...] | None = Field((0.9, 0.999), description="Betas of the optimizer, as `opt_eps`")
     weight_decay: NotNegative = Field(0.05, description="Weight decay of all parameters except biases and vectors")
     layer_decay: PositiveShare | None = Field(None, description="Learning-rate factor of each earlier layer. null: 1")
     clip_grad: Above0 | None = Field(None, description="Largest norm of the gradient. null: no clipping")
@@ -118,13 +120,6 @@ class Config(BaseModel):
     study: str | None = Field(None, description="Set by ablate.sh: the study that the run belongs to")
     row: str | None = Field(None, description="Set by ablate.sh: the row of the study")
     expected_top1: Percent | None = Field(None, description="Top-1 of the paper, shown beside the one reached")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _flags_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name not in FLAGS:
-            raise ValueError("only flags are true or false")
-        return value
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -156,6 +151,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> "Config":
+        for name in {"opt_eps", "opt_betas"} - self.model_fields_set if self.opt != "adamw" else ():
+            setattr(self, name, None)  # the defaults are those of AdamW
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is longer than epochs={self.epochs}")
         if self.pretrained and self.checkpoint:
@@ -192,11 +189,10 @@ def load_config(arguments: list[str]) -> Config:
     Raises:
         InputError: no such file, a key that does not exist (with the nearest that does), a value that is not allowed.
     """
-    arguments = list(arguments)
     values: dict[str, Any] = {}
     path = DEMO
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        path = Path(arguments.pop(0))
+        path, arguments = Path(arguments[0]), arguments[1:]
         if os.path.isdir(path):
             values = {"output": str(path), "resume": True}
             path = path / "config.yaml"

@@ -30,20 +30,18 @@ def split_batch(global_batch: int, device_batch: int, world: int, even: bool) ->
     for passes in range(math.ceil(share / device_batch), share + 1):
         if share % passes == 0 and not (even and share // passes % 2):
             return share // passes, passes
-    remedies = [f"global_batch={(share + 1) * world}"] if share % 2 else []
-    remedies += ["device_batch=2 or more"] if device_batch == 1 else []
     raise InputError(
         f"each process takes {share} of the {global_batch} images in a step, in passes of {device_batch} or less, and "
-        f"Mixup and CutMix need even numbers: use {' and '.join(remedies)}, or mixup=0 cutmix=0"
+        f"Mixup and CutMix need even numbers: use global_batch={(share + share % 2) * world} and device_batch=2 or "
+        "more, or mixup=0 cutmix=0"
     )
 
 
 def build_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    options = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay, "eps": config.opt_eps}
-    if config.opt_betas is not None:
-        options["betas"] = config.opt_betas
+    given = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
+    options = {name: value for name, value in given.items() if value is not None}
     try:
-        optimizer = create_optimizer_v2(model, opt=config.opt, lr=lr, **options)
+        optimizer = create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **options)
     except Exception as error:  # some need CUDA, a package, or other betas; each says so in its own way
         raise InputError(f"cannot make opt={config.opt} with opt_betas={config.opt_betas}: {error}") from error
     if getattr(optimizer, "is_second_order", False):
