@@ -99,6 +99,14 @@ def test_imagenet_s_folders_and_descriptions_are_the_same_classes():
         class_order(descriptions[1:] + descriptions[:1], folders, "it")
 
 
+def test_replace_head_keeps_a_classifier_of_the_same_classes(tmp_path):
+    imagenet = ImageNetInfo()
+    trained = save_run(tmp_path / "run", classes=imagenet.label_descriptions())
+    start = {"model_args": SMALL, "img_size": 32, "checkpoint": str(tmp_path / "run"), "replace_head": True}
+    started = build_model(Config(**start), 1000, imagenet.label_names())
+    assert torch.equal(started.head.weight, trained.head.weight)
+
+
 def test_wrong_input_to_validate(pictures, tmp_path, command):
     save_run(tmp_path / "run", data_dir=str(pictures), workers=0)
     save_run(tmp_path / "vit", model="vit_tiny_patch16_224", model_args={"img_size": 32, "depth": 1})

@@ -41,7 +41,7 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
     check_trained_as(config.model, config.model_args, checkpoint, config.checkpoint)
     load_state(model, weights, config.checkpoint, config.replace_head)
     trained = described(locate(config.checkpoint), checkpoint, recognised(weights)).get("class_names")
-    if config.replace_head and trained and class_names and set(trained) != set(class_names):
+    if config.replace_head and trained and class_names and {*folder_names(trained)} != {*folder_names(class_names)}:
         model.reset_classifier(num_classes)
     else:
         match_classes(model, trained, class_names, config.checkpoint)
@@ -49,16 +49,18 @@ def build_model(config: Config, num_classes: int, class_names: list[str] | None 
 
 
 def check_input(model: nn.Module, config: Config) -> None:
-    """Raise an ``InputError`` if the model does not take RGB images of ``img_size``, which one image shows."""
+    """Raise an ``InputError`` if the model does not map an RGB image of ``img_size`` to one vector of logits."""
     side, training, like = config.img_size, model.training, next(model.parameters())
     try:
         with torch.no_grad():
-            model.eval()(like.new_zeros(1, 3, side, side))
+            logits = model.eval()(like.new_zeros(1, 3, side, side))
     except (AssertionError, RuntimeError) as error:  # timm's and PyTorch's
         raise InputError(
             f"{config.model} does not take RGB images of {side} x {side} pixels ({' '.join(str(error).split())}): use "
             f"another img_size=, or where the model has such an argument, model_args={{img_size: {side}}}"
         ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, model.num_classes):
+        raise InputError(f"{config.model} with model_args {config.model_args} does not give a vector of logits")
     model.train(training)
 
 
@@ -81,17 +83,19 @@ def class_order(trained: list[str] | None, data: list[str] | None, source: str) 
     Raises:
         InputError: the names differ.
     """
-    if not trained or not data or trained == data:
-        return None
-    imagenet = ImageNetInfo()
-    # Folders are named after ImageNet's synsets, many checkpoints have descriptions, and such lists differ slightly.
-    described = sum(map(str.__eq__, trained, imagenet.label_descriptions())) > 900 and len(trained) == 1000
-    if described and data == imagenet.label_names():
+    if not trained or not data or folder_names(trained) == folder_names(data):
         return None
     if set(trained) != set(data) or len(set(data)) < len(data):
         differences = class_differences({"the checkpoint": trained, "the data": data})
         raise InputError(f"the data have other classes than {source} was trained on ({differences})")
     return [trained.index(name) for name in data]
+
+
+def folder_names(names: list[str]) -> list[str]:
+    """ImageNet's synsets, which its folders have as names, for its descriptions; other names as they are."""
+    imagenet = ImageNetInfo()
+    described = sum(map(str.__eq__, names, imagenet.label_descriptions()))
+    return imagenet.label_names() if described > 900 and len(names) == 1000 else names  # such lists differ slightly
 
 
 def settings_of(opened: Opened, overrides: dict[str, Any]) -> Config:
