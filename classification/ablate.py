@@ -32,11 +32,7 @@ def main() -> int:
     parser.add_argument("--partition", help="submit the runs to this partition of a Slurm cluster")
     parser.add_argument("--time", type=int, default=240, help="minutes that such a job may take (default: %(default)s)")
     options = parser.parse_args()
-    name, study = studies.read_study(options.study)
-    rows, seeds = options.rows or study.rows, options.seeds or study.seeds
-    studies.check_rows(rows)
-    if min(seeds) < 0:
-        raise InputError(f"there is no seed {min(seeds)}: seeds are whole numbers from 0")
+    name, study = studies.read_study(options.study, rows=options.rows, seeds=options.seeds)
     if options.at_once is not None and options.at_once < 1:
         raise InputError(f"--at-once {options.at_once}: at least one run is needed")
     studies.check_data(study, options.data_dir)
@@ -44,14 +40,13 @@ def main() -> int:
     recipe = studies.prepare_output(output, study)
     places = studies.Places(options.at_once)
     workers = studies.CORES_PER_RUN - 1 if options.partition else places.workers
-    runs = studies.make_runs(name, recipe, rows, seeds, options.data_dir, workers)
+    runs = studies.make_runs(name, recipe, study.rows, study.seeds, options.data_dir, workers)
     left = [run for run in runs if not run.done]
     print(f"{study.title}: {len(runs)} runs, {len(runs) - len(left)} of them done; {output}/", flush=True)
     os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/ablate.sh", *sys.argv[1:]])
     if options.partition and left:
         jobs = [TrainingJob(run.arguments, gpus=1) for run in left]
-        logs = str(output / "slurm")
-        jobs = submit(jobs, logs, options.partition, 1, studies.CORES_PER_RUN, options.time)
+        jobs = submit(jobs, str(output / "slurm"), options.partition, 1, studies.CORES_PER_RUN, options.time)
         print(f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}")
         return 0
     with locked(output) as lock:

@@ -207,8 +207,8 @@ def test_runs_are_spread_over_the_gpus(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--rows", "pool4"], "there is no row 'pool4' (did you mean 'pool"),
-        (["--seeds", "-1"], "there is no seed -1"),
+        (["--rows", "pool4"], "rows.0 is 'pool4' in the command line and "),
+        (["--seeds", "-1"], "seeds.0 is -1 in the command line and "),
         (["--at-once", "0"], "--at-once 0"),
         (["--data-dir", "nowhere"], "there is no data folder nowhere"),
         (["--partition", "gpu"], "there is no Slurm on this machine"),
@@ -230,7 +230,7 @@ def test_wrong_studies(study, data, tmp_path, capsys):
     elsewhere = study().rename(tmp_path / "mine/tiny.yaml")
     with pytest.raises(InputError, match=r"mine/tiny.yaml is not in .*: copy it there"):
         ablate.read_study(str(elsewhere))
-    with pytest.raises(InputError, match="there is no row 'none'"):
+    with pytest.raises(InputError, match=r"rows.0 is 'none' in .*: input should be 'baseline', 'identity'"):
         ablate.read_study(str(study(rows=["none"])))
     with pytest.raises(InputError, match=r"unknown setting 'epoch_s' \(did you mean 'epochs'\?\)"):
         ablate.read_study(str(study(epoch_s=3)))

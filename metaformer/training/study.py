@@ -8,7 +8,7 @@ import time
 from collections import deque
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,7 +51,7 @@ class Study(BaseModel):
     title: str
     note: str
     data: Task
-    rows: Annotated[list[str], Field(min_length=1)] = list(ROWS)
+    rows: Annotated[list[Literal[tuple(ROWS)]], Field(min_length=1)] = list(ROWS)
     seeds: Annotated[list[Count], Field(min_length=1)] = [0, 1, 2]
     recipe: dict[str, Any]
 
@@ -75,8 +75,11 @@ class Run(NamedTuple):
         return read_run(self.folder).get("status") in DONE
 
 
-def read_study(given: str) -> tuple[str, Study]:
+def read_study(given: str, **chosen: list | None) -> tuple[str, Study]:
     """Read a study and its name, from a file of configs/studies/ or by its name there.
+
+    Args:
+        chosen: ``rows`` and ``seeds`` replace those of the file unless they are ``None``.
 
     Raises:
         InputError: the study does not exist or is elsewhere, or has a wrong field, row or setting.
@@ -86,19 +89,14 @@ def read_study(given: str) -> tuple[str, Study]:
         check_known("study", given, sorted(file.stem for file in STUDIES.glob("*.yaml")))
     if path.resolve().parent != STUDIES.resolve():
         raise InputError(f"{path} is not in {STUDIES}, where the tables look for the study of a record: copy it there")
-    study = check(read_yaml_mapping(path), str(path), Study)
-    check_rows(study.rows)
+    values = read_yaml_mapping(path) | {name: value for name, value in chosen.items() if value}
+    study = check(values, f"the command line and {path}", Study)
     for key in study.recipe:
         check_key(key, str(path))
     check(study.recipe, source=str(path))
     if fixed := {"model", "seed", "output", "data_dir", "study", "row"} & study.recipe.keys():
         raise InputError(f"{path}: the recipe sets {sorted(fixed)[0]}, which is not the same for all runs")
     return path.stem, study
-
-
-def check_rows(rows: list[str]) -> None:
-    for row in rows:
-        check_known("row", row, ROWS)
 
 
 def check_data(study: Study, data_dir: str) -> None:
