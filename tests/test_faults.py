@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from conftest import EVERYTHING_RANDOM, pack, trained
 from metaformer import InputError, provenance, records
@@ -218,11 +219,12 @@ def test_16_bits_keep_their_greys(dataset, tmp_path):
     assert np.array_equal(found, np.repeat((GREY >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
-def test_16_bits_keep_their_greys_in_a_stream(tmp_path):
+@pytest.mark.parametrize("kind", ["wds", "WDS"])
+def test_16_bits_keep_their_greys_in_a_stream(kind, tmp_path):
     (tmp_path / "data/train/a").mkdir(parents=True)
     Image.fromarray(GREY).save(tmp_path / "data/train/a/grey.png")
     shards = pack(tmp_path / "wds", tmp_path / "data", train=1)
-    dataset = open_split(load_config(["dataset=wds/local", f"data_dir={shards}"]), "train", workers=0)
+    dataset = open_split(load_config([f"dataset={kind}/local", f"data_dir={shards}"]), "train", workers=0)
     ((found, label),) = batches.Stream(dataset, np.asarray)
     assert np.array_equal(found, np.repeat((GREY >> 8).astype(np.uint8)[..., None], 3, axis=2))
     assert label == 0
@@ -243,6 +245,15 @@ def test_the_first_picture_of_an_animation_is_used(tmp_path):
     first, second = drawn(), Image.new("RGB", (50, 40), "red")
     found = pixels(tmp_path, "moves.png", first, save_all=True, append_images=[second])
     assert np.array_equal(found, np.asarray(first))
+
+
+def test_pictures_of_all_endings_are_found_that_torchvision_knows(tmp_path):
+    for label in "ab":
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for suffix in IMG_EXTENSIONS:
+            drawn("L").save(tmp_path / "train" / label / f"picture{suffix}")
+    dataset = open_split(load_config([f"data_dir={tmp_path}"]), "train", workers=0)
+    assert len(dataset) == len(ImageFolder(tmp_path / "train")) == 2 * len(IMG_EXTENSIONS)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])

@@ -92,7 +92,8 @@ def test_pictures_are_those_of_timm_whatever_their_encoding(workers, tmp_path):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_stream_has_the_batches_of_an_epoch_and_each_device_draws_its_own(pictures, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_has_the_batches_of_an_epoch_and_each_device_draws_its_own(workers, pictures, tmp_path):
     """Each loader process has 12 of the 24 pictures, which are a whole batch of ``device_batch`` and not two of 7."""
     settings = [f"data_dir={pack(tmp_path / 'wds', pictures, train=2)}", "dataset=wds/local", f"img_size={SIDE}"]
     config = load_config([*settings, "device_batch=12", "mean=[0, 0, 0]"])
@@ -100,9 +101,9 @@ def test_a_stream_has_the_batches_of_an_epoch_and_each_device_draws_its_own(pict
     def loaded(rank: int) -> list:
         torch.manual_seed(0)  # as a run does in each process
         batches = TrainBatches(24, 7, accumulation=1, rank=rank, world=1, seed=0)
-        dataset = open_split(config, "train", workers=2, is_training=True)
+        dataset = open_split(config, "train", workers=workers, is_training=True)
         processes = Processes(torch.device("cpu"), rank=rank, world=2)
-        return list(train_loader(config, dataset, batches, processes, workers=2)), batches.steps
+        return list(train_loader(config, dataset, batches, processes, workers)), batches.steps
 
     (batches, steps), (same, _), (other, _) = map(loaded, (0, 0, 1))
     assert len(batches) >= steps
@@ -195,9 +196,9 @@ def test_wrong_input(arguments, says, jpegs, tmp_path, monkeypatch, measure):
     ],
 )
 def test_folders_without_pictures(name, content, says, tmp_path, measure):
-    folder = tmp_path / "train" / "a"
-    folder.mkdir(parents=True)
-    (folder / name).write_bytes(content)
+    for label in "ab":
+        (tmp_path / "train" / label).mkdir(parents=True)
+        (tmp_path / "train" / label / name).write_bytes(content)
     status, _, error = measure("--data-dir", tmp_path)
     assert status == 2
     assert says in error

@@ -22,7 +22,7 @@ from metaformer.training import engine as train
 from metaformer.training.batches import Batch, checked
 from metaformer.training.checkpoints import locked
 from metaformer.training.config import load_config
-from metaformer.training.data import open_split
+from metaformer.training.data import load_data, open_split
 from metaformer.training.distributed import Processes
 from metaformer.training.loader import share_shards
 from metaformer.weights import read_checkpoint
@@ -45,7 +45,9 @@ def copied(pictures, root):
         (["--gloabl-batch", "8"], r"unknown setting 'gloabl_batch' \(did you mean 'global_batch'\?\)"),
         (["epochs=many"], r"epochs is 'many' in the command line.*integer"),
         (["drop_path=1.5"], r"drop_path is 1.5 in the command line.*less than 1"),
-        (["epochs=true"], r"epochs is True in .*only flags are true or false"),
+        (["epochs=true"], r"epochs is True in .*should be a valid integer"),
+        (["lr=true"], r"lr is True in .*should be a valid number"),
+        (["mean=[true, 0, 0]"], r"mean.0 is True in .*should be a valid number"),
         (["lr=-1"], r"lr is -1 in .*greater than or equal to 0"),
         (["lr=.nan"], r"lr is nan in .*finite"),
         (["weight_decay=-0.1"], r"weight_decay is -0.1 in .*greater than or equal to 0"),
@@ -57,7 +59,7 @@ def copied(pictures, root):
         (["opt_betas=0.9"], r"opt_betas is 0.9 in "),
         (["opt_eps=-1"], r"opt_eps is -1 in "),
         (["opt=adamww"], r"opt is 'adamww' in .*timm has no such optimizer \(did you mean 'adamw'\?\)"),
-        (["opt=adan"], r"cannot make opt=adan with opt_betas=\(0.9, 0.999\)"),
+        (["opt=adan", "opt_betas=[0.9, 0.99]"], r"cannot make opt=adan with opt_betas=\(0.9, 0.99\)"),
         (["opt=fusedadam"], r"cannot make opt=fusedadam .*CUDA required"),
         (["opt=adahessian"], r"opt=adahessian needs second derivatives"),
         (["mixup=-1"], r"mixup is -1 in "),
@@ -85,7 +87,9 @@ def copied(pictures, root):
         (["model_args={depth: [1, 1, 1, 1]}"], r"poolformer_s12 does not take these arguments: .*'depth'"),
         (["data_dir=nowhere"], r"there is no data folder nowhere: give data_dir the path of one"),
         (["data_dir=null"], r"no data given: use data_dir=PATH"),
-        (["val_split=test"], r"has no folder test: name it with train_split= or val_split="),
+        (["val_split=test"], r"has no folder for the split 'test': name it with train_split= or val_split="),
+        (["val_split=train[90%:]"], r"has no folder for the split 'train\[90%:\]': name it with"),
+        (["dataset=imagenet", "val_split=test"], r"has no folder for the split 'test': name it with"),
         (["dataset=hfds/./nowhere"], r"cannot open the split 'train' of hfds/./nowhere"),
         (["auto_augment=rand-mx"], r"auto_augment is 'rand-mx' in .*a section is a letter or word with a number"),
         (["auto_augment=rand-m11"], r"auto_augment is 'rand-m11' in .*the magnitude is m0 to m10"),
@@ -94,8 +98,11 @@ def copied(pictures, root):
         (["train_interpolation=cubic"], r"train_interpolation is 'cubic' in the command line .*'bicubic'"),
         (["num_classes=10"], r"num_classes is 10, but .* has 3 classes"),
         (["global_batch=25"], r"global_batch=25 is larger than the 24 training images: use global_batch=24 or less"),
-        (["global_batch=5", "mixup=0.8"], r"Mixup and CutMix need even numbers: use global_batch=6, or mixup=0"),
-        (["global_batch=4", "device_batch=1", "mixup=0.8"], r"need even numbers: use device_batch=2 or more, or mixup"),
+        (
+            ["global_batch=5", "mixup=0.8"],
+            r"Mixup and CutMix need even numbers: use global_batch=6 and device_batch=2 or",
+        ),
+        (["global_batch=4", "device_batch=1", "mixup=0.8"], r"use global_batch=4 and device_batch=2 or more, or mixup"),
         (["global_batch=5", "device_batch=1", "cutmix=1"], r"use global_batch=6 and device_batch=2 or more, or mixup"),
         (
             ["pretrained=true", "model_args={pretrained_cfg_overlay: {url: 'file:///nowhere.pth'}}"],
@@ -110,6 +117,11 @@ def copied(pictures, root):
         ),
         (["model=resnet10t", "model_args={in_chans: 1}"], r"does not take RGB images of 32 x 32 pixels \(.*1 channels"),
         (["model=resnet10t", "model_args={output_stride: 64}"], r"resnet10t does not take these arguments: Assertion"),
+        (["model=resnet10t", "model_args={features_only: true}"], r"resnet10t .* does not give a vector of logits"),
+        (
+            ["model=vit_tiny_patch16_224", "model_args={img_size: 32, depth: 1, global_pool: ''}"],
+            r"vit_tiny_patch16_224 .* does not give a vector of logits",
+        ),
         (["model=dla46_c", "model_args={}", "grad_checkpointing=true"], r"dla46_c does not take grad_checkpointing"),
     ],
 )
@@ -153,6 +165,25 @@ def test_empty_data_folder(run, tmp_path):
         run(f"data_dir={tmp_path / 'data'}")
 
 
+def test_pictures_that_are_not_directly_in_a_class_folder(run, pictures, tmp_path):
+    """timm would make a class of the innermost folder, and one without a name of the split's folder itself."""
+    root = copied(pictures, tmp_path / "data")
+    for split in ("train", "val"):
+        (root / split / "a" / ".ipynb_checkpoints").mkdir()
+        (root / split / "a" / "000.png").rename(root / split / "a" / ".ipynb_checkpoints" / "000.png")
+    sentence = (
+        rf"the split 'train' of {root}: the folder '.ipynb_checkpoints' of a picture is not one of the class folders"
+    )
+    with pytest.raises(InputError, match=sentence):
+        run(f"data_dir={root}")
+    assert len(load_data(load_config([f"data_dir={root}", "dataset=torch/folder"]), workers=0).class_names) == 3
+
+
+def test_a_single_class(run, tmp_path):
+    with pytest.raises(InputError, match=r"one has one class: a classifier needs two or more"):
+        run(f"data_dir={draw(tmp_path / 'one', classes='a')}")
+
+
 def test_class_folders_that_differ(run, pictures, tmp_path):
     root = copied(pictures, tmp_path / "data")
     (root / "val" / "c").rename(root / "val" / "d")
@@ -176,14 +207,9 @@ def test_unreadable_picture_is_named(split, content, workers, run, pictures, tmp
 
 
 def test_a_stream_that_gives_other_pictures_than_it_states(run, pictures, tmp_path):
-    """Its reader leaves out what it cannot read, and says nothing that reaches the run."""
-    root = copied(pictures, tmp_path / "data")
-    shards = pack(tmp_path / "wds", root, train=1, val=1)
-    (root / "val" / "b" / "001.png").write_bytes(b"")
-    damaged = pack(tmp_path / "damaged", root, val=1) / "val-0000.tar"
+    shards = pack(tmp_path / "wds", pictures, train=1, val=1)
     settings = ["dataset=wds/local", f"data_dir={shards}", "num_classes=3", "epochs=1"]
     for split, sentence in (
-        (f"val_split={damaged}|9", r"the validation split has 9 pictures, and its stream gave 8: correct the number"),
         ("val_split=val-{0000..0000}.tar|10", r"has 10 pictures, and its stream gave 9: .*, use one process, or give"),
         (
             "val_split=val-{0000..0000}.tar",
@@ -192,6 +218,22 @@ def test_a_stream_that_gives_other_pictures_than_it_states(run, pictures, tmp_pa
     ):
         with pytest.raises(InputError, match=sentence):
             run(*settings, split, output=split.replace("/", ""))
+
+
+def test_unreadable_pictures_of_a_stream(run, pictures, tmp_path):
+    """timm's reader itself would leave them out of the training and say nothing that reaches the run."""
+    root = copied(pictures, tmp_path / "data")
+    for split in ("train", "val"):
+        (root / split / "b" / "001.png").write_bytes(b"")
+    damaged = pack(tmp_path / "damaged", root, train=1, val=1)
+    settings = ["dataset=wds/local", f"data_dir={damaged}", "num_classes=3", "epochs=1"]
+    for workers in (0, 1):
+        with pytest.raises(InputError, match=r"cannot use the picture number \d+ of a stream \(UnidentifiedImageError"):
+            run(*settings, f"workers={workers}", output=f"workers{workers}")
+    folder = run(*settings, "bad_pictures=skip", output="skip")
+    assert json.loads((folder / "run.json").read_text())["skipped"] == {"training": 1, "validation": 1}
+    with pytest.raises(InputError, match=r"number 0 of a stream \(ValueError: didn't find \['jpeg'\] in "):
+        run(*settings, "dataset_args={input_key: jpeg}", output="key")
 
 
 def test_a_stream_of_too_few_shards(run, pictures, tmp_path):
@@ -217,7 +259,7 @@ def test_a_picture_without_a_name_is_numbered(run, pictures, tmp_path):
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("abc")))
         columns = {"image": images, "label": ["abc".index(file.parent.name) for file in files]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hf" / f"{split}.parquet")
-    with pytest.raises(InputError, match=r"cannot use the picture picture 5 \(UnidentifiedImageError"):
+    with pytest.raises(InputError, match=r"cannot use the picture number 5 \(UnidentifiedImageError"):
         run(f"dataset=hfds/{tmp_path}/hf", f"data_dir={tmp_path}/cache")
 
 

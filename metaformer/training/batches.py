@@ -93,22 +93,18 @@ class Images(Dataset):
             return unreadable(self.name(index), error)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        if isinstance(self.dataset, DatasetFolder):  # not by torchvision's loader, which makes 16-bit greys white
-            path, label = self.dataset.samples[index]
-            file = open(path, "rb")  # noqa: SIM115
-        elif hasattr(self.dataset, "reader"):  # not by timm's ImageDataset, which replaces unreadable pictures
+        if hasattr(self.dataset, "reader"):  # not by timm's ImageDataset, which replaces unreadable pictures
             file, label = self.dataset.reader[index]
-        else:
-            image, label = self.dataset[index]
-            return to_rgb(image), int(label)
-        with file:
-            return to_rgb(Image.open(file)), int(label)
+            with file:
+                return to_rgb(Image.open(file)), int(label)
+        image, label = self.dataset[index]
+        return to_rgb(image), int(label)
 
     def name(self, index: int) -> str:
         if isinstance(self.dataset, DatasetFolder):
             return self.dataset.samples[index][0]
         named = hasattr(self.dataset, "filename") and self.dataset.filename(index, absolute=True)
-        return named or f"picture {index}"  # pictures inside a Hugging Face data set may have no name
+        return named or f"number {index}"  # pictures inside a Hugging Face data set may have no name
 
 
 class Stream(IterableDataset):
@@ -116,17 +112,35 @@ class Stream(IterableDataset):
 
     def __init__(self, dataset: IterableDataset, transform: Any):
         self.dataset, self.transform = dataset, transform
+        self.errors: list[Exception] = []
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
-        for number, (image, label) in enumerate(self.dataset):
+        for number, picture in enumerate(self._pictures()):
             try:
-                sample = self.transform(to_rgb(image)), label
+                if picture:
+                    yield self.transform(to_rgb(picture[0])), picture[1]
             except Exception as error:  # as in Images
-                sample = unreadable(f"picture {number} of a stream", error)
-            yield sample
+                self.errors.append(error)
+            while self.errors:
+                yield unreadable(f"number {number} of a stream", self.errors.pop())
+
+    def _pictures(self) -> Iterator[tuple[Image.Image, int] | None]:
+        """What timm's reader gives, and ``None`` at the end; its errors go to ``self.errors``."""
+        from timm.data.readers import reader_wds  # imports webdataset
+
+        reader_wds.log_and_continue = self._note  # it would leave out such pictures; the call is in this process
+        try:
+            yield from self.dataset
+        except Exception as error:
+            self.errors.append(error)
+        yield None
+
+    def _note(self, error: Exception) -> bool:
+        self.errors.append(error)
+        return True  # continue with the next picture
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -185,13 +199,9 @@ def transform(config: Config, is_training: bool) -> Any:
     """timm's ImageNet transforms up to the uint8 tensor; normalisation and erasing follow on the device."""
     options = {"interpolation": config.interpolation, "crop_pct": config.crop_pct}
     if is_training:
-        names = ("scale", "ratio", "hflip", "vflip", "auto_augment", "mean", "std")
-        options = {name: getattr(config, name) for name in names}
+        options = config.model_dump(include={"scale", "ratio", "hflip", "vflip", "auto_augment", "mean", "std"})
         options |= {"color_jitter": config.color_jitter or None, "interpolation": config.train_interpolation}
     try:
         return create_transform(config.img_size, is_training=is_training, use_prefetcher=True, **options)
     except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(
-            f"timm has no such augmentation: auto_augment={config.auto_augment}, interpolation={config.interpolation}, "
-            f"train_interpolation={config.train_interpolation} ({error})"
-        ) from error
+        raise InputError(f"timm has no such augmentation: auto_augment={config.auto_augment} ({error})") from error

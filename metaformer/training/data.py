@@ -1,20 +1,23 @@
 """Data sets, opened by timm and checked before the first step."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data.dataset_factory import _search_split, create_dataset
+from timm.data.readers.img_extensions import add_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
 
 from metaformer.errors import InputError
 from metaformer.training.config import Config
 from metaformer.training.fingerprint import fingerprint
 
-SYNONYMS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "evaluation")}
-
+add_img_extensions(IMG_EXTENSIONS)  # without these, timm leaves out all files that are not .jpg, .jpeg or .png
 
 HASHES = {"train_sha256", "val_sha256"}
 """Entries of a data set's summary that change when a damaged picture is replaced."""
@@ -77,36 +80,44 @@ def count(dataset: Dataset) -> int:
 
 
 def count_classes(config: Config, names: list[str] | None) -> int:
-    if config.num_classes is None and names is None:
+    number = len(names) if names else config.num_classes
+    if number is None:
         raise InputError(f"{config.dataset or config.data_dir} does not tell its number of classes: give num_classes=N")
-    if names is None:
-        return config.num_classes
-    if config.num_classes not in (None, len(names)):
-        raise InputError(f"num_classes is {config.num_classes}, but {config.data_dir} has {len(names)} classes")
-    return len(names)
+    if config.num_classes not in (None, number):
+        raise InputError(f"num_classes is {config.num_classes}, but {config.data_dir} has {number} classes")
+    if number < 2:
+        raise InputError(f"{config.dataset or config.data_dir} has one class: a classifier needs two or more")
+    return number
 
 
 def open_split(config: Config, split: str, workers: int, is_training: bool = False) -> Dataset:
     name, root = config.dataset, config.data_dir
-    if name == "mnist5k" and root:  # the folder replaces the digits in the config of the demo
-        name = ""
-    if not name or name in ("folder", "torch/image_folder", "torch/folder"):
+    if name == "mnist5k" and not root:  # a folder replaces the digits in the config of the demo
+        return Digits(is_training)
+    kind = name.partition("/")[0].lower()
+    if kind not in ("hfds", "hfids", "tfds", "torch", "wds") or name.lower() in ("torch/image_folder", "torch/folder"):
         check_folder(root, split)
     # These readers would make greys of 16 bits white; batches.to_rgb does not.
-    options = {"input_img_mode": ""} if name.startswith(("wds/", "hfids/")) else {}
+    options = {"input_img_mode": ""} if kind in ("hfids", "wds") else {}
     options |= config.dataset_args
     try:
-        if name == "mnist5k":
-            return Digits(is_training)
         dataset = create_dataset(name, root=root, split=split, is_training=is_training, seed=config.seed, **options)
-        if isinstance(dataset, IterableDataset):  # a stream is shared out among the loader processes
+        if isinstance(dataset, DatasetFolder):
+            dataset.loader = Image.open  # torchvision's makes greys of 16 bits white
+        elif isinstance(dataset, IterableDataset):  # a stream is shared out among the loader processes
             dataset.set_loader_cfg(num_workers=workers)
             if not count(dataset):
                 raise InputError(f"its number of pictures is not given: write it after the name, as in {split}|50000")
+        elif isinstance(reader := getattr(dataset, "reader", None), ReaderImageFolder) and "class_map" not in options:
+            for inner in reader.class_to_idx.keys() - set(os.listdir(reader.root)):  # timm takes the innermost folders
+                raise InputError(
+                    f"the folder {inner!r} of a picture is not one of the class folders in {reader.root}: move the "
+                    "pictures, or use dataset=torch/folder, whose classes have all pictures below their folders"
+                )
         return dataset
     except Exception as error:  # each of timm's readers fails in its own ways
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot open the split {split!r} of {name or root}: {reason}") from error
+        raise InputError(f"cannot open the split {split!r} of {name if '/' in name else root}: {reason}") from error
 
 
 def check_folder(root: str | None, split: str) -> None:
@@ -117,10 +128,9 @@ def check_folder(root: str | None, split: str) -> None:
         )
     if not Path(root).is_dir():
         raise InputError(f"there is no data folder {root}: give data_dir the path of one")
-    names = next((group for group in SYNONYMS.values() if split in group), (split,))
-    folder = next((Path(root, name) for name in names if Path(root, name).exists()), None)
-    if folder is None:
-        raise InputError(f"{root} has no folder {' or '.join(names)}: name it with train_split= or val_split=")
+    folder = Path(_search_split(root, split))
+    if folder == Path(root) or "[" in split:  # timm ignores a part such as [:90%] in the name of a folder
+        raise InputError(f"{root} has no folder for the split {split!r}: name it with train_split= or val_split=")
     if folder.is_dir() and not any(folder.iterdir()):
         raise InputError(f"the data folder {folder} is empty")
 

@@ -7,13 +7,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-import torch
 from timm.data.readers.reader import Reader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import PILToTensor
 
 from metaformer.errors import InputError, MachineError
-from metaformer.training.batches import Images, Stream, TrainBatches, collate, transform
+from metaformer.training.batches import Images, Stream, TrainBatches, collate, seed_everything, transform
 from metaformer.training.config import Config
 from metaformer.training.distributed import STOP_SIGNALS, Processes
 from metaformer.training.memory import InMemory, load_pictures
@@ -31,10 +30,9 @@ def train_loader(
         return DataLoader(images, batch_sampler=batches, **IN_MEMORY)
     if isinstance(dataset, IterableDataset):  # a stream shuffles and shards itself
         dataset.reader.batch_size = batches.device_batch  # each loader process yields whole batches
-        # Seeds the loader processes; with one seed for all, every device would draw the same numbers.
-        generator = torch.Generator().manual_seed(config.seed * processes.world + processes.rank)
+        seed_everything(config.seed, processes.rank)  # else every device would draw the same numbers
         stream = Stream(dataset, transform(config, is_training=True))
-        return DataLoader(stream, batches.device_batch, drop_last=True, generator=generator, **options)
+        return DataLoader(stream, batches.device_batch, drop_last=True, **options)
     images = Images(dataset, transform(config, is_training=True), config.seed)
     return DataLoader(images, batch_sampler=batches, **options)
 
