@@ -53,9 +53,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-            handler = get_error_handler()
-            handler.initialize()
-            handler.record_exception(error)
+            get_error_handler().record_exception(error)
         elif isinstance(error, InputError | MachineError) and not os.environ.get("METAFORMER_TRACEBACK"):
             print(f"error: {error}", file=sys.stderr)
         else:

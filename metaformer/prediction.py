@@ -43,8 +43,7 @@ def find_pictures(given: list[Path]) -> list[Path]:
     Raises:
         InputError: a file does not exist, or a folder contains no picture.
     """
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for path in given:
         if path.is_dir():

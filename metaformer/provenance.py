@@ -116,8 +116,7 @@ def write_file(path: Path, content: bytes | memoryview, previous: Path | None = 
                 path.replace(previous)
             beside.replace(path)
         except OSError:
-            if beside.exists():
-                beside.unlink()
+            beside.unlink(missing_ok=True)
             raise
 
 

@@ -218,10 +218,9 @@ class Trainer:
             if progress.step % self.config.log_interval == 0 or progress.step == self.steps:
                 self.gather_loss()
                 passes = (progress.step - logged_step) * self.passes * self.processes.world
+                loss = (self.loss_sum.item() - logged_loss) / passes
                 images_per_s = progress.step * self.config.global_batch / progress.seconds
-                self.log.training(
-                    progress, (self.loss_sum.item() - logged_loss) / passes, self.current_lr(), images_per_s
-                )
+                self.log.training(progress, loss, self.current_lr(), images_per_s)
                 logged_loss, logged_step = self.loss_sum.item(), progress.step
             self.agree_on_stop()
 
@@ -299,12 +298,11 @@ class Trainer:
         progress.history.append(row)
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.loss_sum.zero_()
-        self.log.validation(row)
+        self.log.epoch(row)
         if is_best and self.processes.is_main:
             write_torch(self.output / "best.pt", self.weights())
         self.save()
         self.log.record("running", progress)
-        self.log.epoch(row)
 
     # Decisions of all processes
 

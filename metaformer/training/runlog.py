@@ -84,11 +84,9 @@ class RunLog:
         scalars = {"train/loss": loss, "train/lr": lr, "train/images_per_s": images_per_s}
         self.events.add(scalars, progress.epoch * self.steps + progress.step)
 
-    def validation(self, row: dict[str, float]) -> None:
+    def epoch(self, row: dict[str, float]) -> None:
         scalars = {"val/loss": row["val_loss"], "val/top1": row["top1"], "val/top5": row["top5"]}
         self.events.add(scalars, row["epoch"] * self.steps)
-
-    def epoch(self, row: dict[str, float]) -> None:
         self.say(
             f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
             f"  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %  {row['images_per_s']:.0f} images/s"

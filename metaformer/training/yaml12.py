@@ -42,14 +42,11 @@ Loader.add_constructor(INT, lambda _, node: int(node.value, 0 if node.value[:2] 
 def load(text: str | bytes, texts: Collection[str] = ()) -> Any:
     """Read a document; untagged scalars of the keys in ``texts`` stay text."""
     loader = Loader(text)
-    try:
-        node = loader.get_single_node()
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key.value in texts and value.tag in (BOOL, INT, FLOAT):
-                value.tag = STR
-        return None if node is None else loader.construct_document(node)
-    finally:
-        loader.dispose()
+    node = loader.get_single_node()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in texts and value.tag in (BOOL, INT, FLOAT):
+            value.tag = STR
+    return None if node is None else loader.construct_document(node)
 
 
 def dump(values: Any) -> str:
