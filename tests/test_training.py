@@ -488,6 +488,23 @@ def test_optimizers_other_than_adamw_have_their_own_epsilon_and_betas(name):
         assert groups[0] == groups[1]
 
 
+@pytest.mark.parametrize("name", ["kron", "muon"])
+def test_optimizers_change_the_weights_of_all_devices_alike(name, monkeypatch):
+    """Each device has random numbers of its own, and equal gradients."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # would take seconds
+    results = []
+    for rank in range(2):
+        model = torch.nn.Linear(4, 3)
+        torch.nn.init.ones_(model.weight)
+        optimizer = recipe.build_optimizer(load_config([f"opt={name}"]), model, 0.1)
+        batches.seed_everything(rank)
+        for step in range(3):
+            model.weight.grad = torch.arange(12.0).view(3, 4) + step
+            optimizer.step()
+        results.append(model.weight.detach())
+    assert torch.equal(*results)
+
+
 def test_gradient_clipping_limits_the_step(run, monkeypatch):
     norms = []
     original = torch.nn.utils.clip_grad_norm_

@@ -40,6 +40,8 @@ def split_batch(global_batch: int, device_batch: int, world: int, even: bool) ->
 def build_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     given = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
     options = {name: value for name, value in given.items() if value is not None}
+    if "kron" in config.opt:  # its random numbers would differ between the devices, and then their weights
+        options["deterministic"] = True
     try:
         optimizer = create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **options)
     except Exception as error:  # some need CUDA, a package, or other betas; each says so in its own way
