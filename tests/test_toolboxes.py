@@ -747,13 +747,15 @@ def test_mmdets_own_inferencer_finds_the_same_with_a_config_and_without(trained_
 
 
 def test_importing_changes_nothing_but_by_the_one_module():
-    """The loaders of mmengine, torch's list of safe classes and the hook for uncaught errors stay as they were."""
+    """mmengine's loaders, torch's safe classes, timm's endings and the hook for uncaught errors stay as they were."""
     code = """import importlib, pkgutil, sys
 import torch, torch._dynamo  # the latter puts a class of its own on the list
 from mmengine.runner import CheckpointLoader
+from timm.data import get_img_extensions
 
 def state():
-    return torch.serialization.get_safe_globals(), dict(CheckpointLoader._schemes), sys.excepthook
+    kept = torch.serialization.get_safe_globals(), get_img_extensions()
+    return kept, dict(CheckpointLoader._schemes), sys.excepthook
 
 before = state()
 import metaformer

@@ -17,8 +17,6 @@ from metaformer.errors import InputError
 from metaformer.training.config import Config
 from metaformer.training.fingerprint import fingerprint
 
-add_img_extensions(IMG_EXTENSIONS)  # without these, timm leaves out all files that are not .jpg, .jpeg or .png
-
 HASHES = {"train_sha256", "val_sha256"}
 """Entries of a data set's summary that change when a damaged picture is replaced."""
 
@@ -100,6 +98,7 @@ def open_split(config: Config, split: str, workers: int, is_training: bool = Fal
     # These readers would make greys of 16 bits white; batches.to_rgb does not.
     options = {"input_img_mode": ""} if kind in ("hfids", "wds") else {}
     options |= config.dataset_args
+    add_img_extensions(IMG_EXTENSIONS)  # else timm leaves out all files that are not .jpg, .jpeg or .png
     try:
         dataset = create_dataset(name, root=root, split=split, is_training=is_training, seed=config.seed, **options)
         if isinstance(dataset, DatasetFolder):
