@@ -30,7 +30,7 @@ def report(name: str, counted: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="any name that timm knows, or a config of mmdet or mmseg")
+    parser.add_argument("model", metavar="MODEL", help="a name that timm knows, or a config of mmdet or mmseg")
     parser.add_argument(
         "--size",
         type=int,

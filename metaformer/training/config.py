@@ -99,7 +99,7 @@ class Config(BaseModel):
     sched: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warmup")
     sched_on_updates: bool = Field(False, description="Change the learning rate at every step instead of every epoch")
     opt: str = Field("adamw", description="Name of an optimizer that timm knows")
-    opt_eps: NotNegative | None = Field(1.0e-8, description="Epsilon. null, or not given beside another `opt`: its own")
+    opt_eps: NotNegative | None = Field(1.0e-8, description="Epsilon. null, the default of all but AdamW: its own")
     opt_betas: tuple[BelowOne, ...] | None = Field((0.9, 0.999), description="Betas of the optimizer, as `opt_eps`")
     weight_decay: NotNegative = Field(0.05, description="Weight decay of all parameters except biases and vectors")
     layer_decay: PositiveShare | None = Field(None, description="Learning-rate factor of each earlier layer. null: 1")
