@@ -2,8 +2,9 @@
 
     python analysis/gradcam.py IMAGE... [--models NAME...] [--weights NAME=FILE...] [--out FILE]
 
-The map is that of the class with the highest score. NAME is a MetaFormer, ResNet, MlpMixer or VisionTransformer of timm.
-The default models are the paper's, whose released weights are fetched: RSB-ResNet-50, DeiT-S, ResMLP-S24, PoolFormer-S24.
+The map is that of the class with the highest score. A model is a MetaFormer, ResNet, MlpMixer or VisionTransformer of
+timm. The default ones are the paper's, whose released weights are fetched: RSB-ResNet-50, DeiT-S, ResMLP-S24 and
+PoolFormer-S24.
 """
 
 import argparse

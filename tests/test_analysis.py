@@ -758,12 +758,12 @@ def test_runs_that_agree_have_no_interval(root):
 def test_a_run_of_another_recipe_is_named_and_not_averaged(root):
     own = load_config([str(ROOT / "configs/classification/poolformer_s12.yaml")]).model_dump(mode="json")
     for i, changes in enumerate(
-        [{}, {"device_batch": 64, "seed": 1}, {"lr": 1e-3, "opt_eps": 0.1, "pretrained": True}]
+        [{}, {"device_batch": 64, "seed": 1}, {"layer_decay": 0.7, "lr": 1e-3, "opt_eps": 0.1, "pretrained": True}]
     ):
         put(root, str(i), evaluation(top1=77.0 + 2 * i, sha256=64 * str(i), training={**own, **changes}))
     first, second = str(measured.Measured(root / "analysis/results").accuracy("poolformer_s12", "top1")).split("; ")
     assert re.fullmatch(r"78\.0 ± .* \(95 %\) of 2 runs \(best\.pt\)", first)
-    assert second == "81.0 (best.pt, lr=0.001, opt_eps=0.1, pretrained=True)"
+    assert second == "81.0 (best.pt, layer_decay=0.7, lr=0.001, opt_eps=0.1, pretrained=True)"
 
 
 def test_sizes_without_objects_have_no_accuracy(root):

@@ -189,10 +189,10 @@ def test_a_classifier_takes_the_backbone_of_a_detector(tmp_path):
 
 
 def test_readme_s_mixer_of_ones_own():
-    """The snippet of detection/README.md, run as it stands."""
+    """The snippet of detection/README.md, run as it stands, in place of the backbone of a config."""
     snippet = next(s for s in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "register_module" in s)
     exec(snippet, {})
-    model = MODELS.build({"type": "ShiftFormer", "out_indices": (1, 2, 3)})
+    model = MODELS.build({"type": "ShiftFormer", "variant": "poolformer_s12", "out_indices": (1, 2, 3)})
     assert "ShiftMixer" in str(model)
     assert [level.shape[1] for level in model(torch.randn(1, 3, 64, 64))] == [128, 320, 512]
 

@@ -106,7 +106,7 @@ def source_of(record: Evaluation) -> str:
     if not isinstance(record, Classification) or not record.training or not config.is_file():
         return file
     given = record.training.model_dump()
-    defaults = {"pretrained", "checkpoint", "lr", "opt_eps", "opt_betas"}
+    defaults = {"pretrained", "checkpoint", "lr", "opt_eps", "opt_betas", "layer_decay"}
     recipe = {**load_config([str(config)]).model_dump(mode="json", include=defaults), **read_yaml(config)}
     compared = sorted(recipe.keys() & given.keys() - EXECUTION)
     return ", ".join([file, *(f"{key}={given[key]}" for key in compared if given[key] != recipe[key])])
