@@ -47,17 +47,15 @@ def main() -> None:
     )
     add("--record", type=Path, metavar="FILE", help="write a JSON record to this file")
     options = parser.parse_args()
-    for name in ("workers", "images", "rounds"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} is {getattr(options, name)}: give 1 or more")
-    consume = options.consume
-    if consume is not None and not 0 < consume < math.inf:
-        raise InputError(f"--consume is {consume:g}: give the images per second that the devices take, above 0")
+    if min(options.workers, options.images, options.rounds) < 1:
+        raise InputError("--workers, --images and --rounds: give whole numbers from 1")
+    if options.consume is not None and not 0 < options.consume < math.inf:
+        raise InputError(f"--consume is {options.consume:g}: give the images/s that the devices take, above 0")
     folder = {"dataset": "", "data_dir": options.data_dir, "dataset_args": {}, "num_classes": None}
     config = load_config([options.config]).model_copy(update=folder)
     torch.set_num_threads(1)  # as in a process of the loader
     record = {**measure(config, options.workers, options.images, options.rounds), **provenance()}
-    print(report(Loading.model_validate(record), consume))
+    print(report(Loading.model_validate(record), options.consume))
     if options.record:
         write_json(options.record, record)
 

@@ -308,6 +308,13 @@ def test_a_single_class_without_its_comma(tmp_path, task, name):
         DATASETS.build({**dataset, "lazy_init": True})
 
 
+def test_a_segmentor_of_a_single_class(tmp_path):
+    config = Config.fromfile(segmentation_config(tmp_path / "tiny.py", tmp_path))
+    config.merge_from_dict(with_classes(("sky",), "train"))
+    with pytest.raises(InputError, match=r"the only class is 'sky': name the other pixels too"):
+        DATASETS.build({**config.train_dataloader.dataset, "lazy_init": True})
+
+
 def test_crops_of_another_size_than_the_batch_is_padded_to(tmp_path):
     config = segmentation_config(tmp_path / "tiny.py", draw_scenes(tmp_path / "data"))
     with pytest.raises(InputError, match=r"crops of \(64, 64\), but model.data_preprocessor.size is \(512, 512\)"):

@@ -20,13 +20,15 @@ class CheckedSegmentation(CheckedDataset):
     """Mixin for data sets of mmseg that refuses bad data.
 
     Raises:
-        InputError: the classes are others than those of the data set; the list of pictures, all pictures, a picture of
-            the list or the label map of a picture is missing. While samples are made: a label map is not one byte per
-            pixel, has another size than its picture, or a label outside the classes.
+        InputError: there is one class, or others than those of the data set; the list of pictures, all pictures, a
+            picture of the list or the label map of a picture is missing. While samples are made: a label map is not one
+            byte per pixel, has another size than its picture, or a label outside the classes.
     """
 
     @classmethod
     def get_label_map(cls, new_classes: Sequence[str]) -> None:
+        if len(new_classes) < 2:  # the loss of a softmax over one class is 0
+            raise InputError(f"the only class is {new_classes[0]!r}: name the other pixels too, such as 'background'")
         # mmseg would give the labels of a map new numbers, by the place of their names in METAINFO.
         if difference := different_classes(cls.METAINFO.get("classes", new_classes), new_classes):
             raise InputError(f"{cls.__name__} has other classes ({difference}): use type='CheckedSegDataset' for yours")
