@@ -3,13 +3,16 @@
 Shapes: B images, C channels, H x W positions; every feature map is (B, C, H, W).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
 from timm.models import checkpoint
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.stateless import _reparametrize_module  # of torch.func.functional_call
 
 from metaformer.mixers import Pooling
 
@@ -105,20 +108,31 @@ class MetaFormerBlock(nn.Module):
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
-    """``function(x)``, computed again in the backward pass; buffers of ``module`` are updated only the first time."""
+    """``function(x)``, computed again in the backward pass with the state that ``module`` has now."""
     if torch.compiler.is_compiling():  # a compiled backward pass repeats no update
         return checkpoint(function, x)
-    return checkpoint(function, x, context_fn=lambda: (nullcontext(), buffers_kept(module)))
+    return checkpoint(function, x, context_fn=lambda: (nullcontext(), StateOf(module)))
 
 
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+class StateOf:
+    """A context in which ``module`` has the parameters, and copies of the buffers, that it had when this was made.
+
+    It can be entered several times, since each backward pass through a kept graph computes activations again. Nothing
+    in the context changes the module, and parameters of ``torch.func.functional_call`` are still those of the forward
+    pass.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.parameters = module, dict(module.named_parameters())
+        self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if not is_lazy(buffer)}
+
+    def __enter__(self) -> None:
+        buffers = {name: self.buffers.get(name, b).clone() for name, b in self.module.named_buffers()}
+        self.context = _reparametrize_module(self.module, {**self.parameters, **buffers})
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
 
 
 def init_linear(layer: nn.Linear | nn.Conv2d) -> None:

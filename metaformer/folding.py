@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from metaformer import kernels
 from metaformer.block import MetaFormerBlock
 from metaformer.errors import InputError
-from metaformer.fused import FusedBlock, fusable, plain_mlp_half, plain_pooling_half
+from metaformer.fused import FusedBlock, fusable, plain_mlp_half, plain_pooling_half, unchanged
 
 
 class FoldedBlock(nn.Module):
@@ -73,14 +73,14 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     try:
         holder = nn.Sequential(deepcopy(model))  # a block alone has a name in it too
-    except RuntimeError as error:
-        if "deepcopy protocol" not in str(error):
-            raise
+    except (RuntimeError, TypeError) as error:
         raise InputError(
-            f"{type(model).__name__} cannot be copied: make pruning or weight norm permanent first, with "
-            "torch.nn.utils.prune.remove or remove_weight_norm"
+            f"{type(model).__name__} cannot be copied: remove what it keeps, such as activations, and make pruning or "
+            f"weight norm permanent with torch.nn.utils.prune.remove or remove_weight_norm; {error}"
         ) from error
-    blocks = [(name, module) for name, module in holder.named_modules() if foldable(module)]
+    kinds, modules = (MetaFormerBlock, FusedBlock), holder.named_modules()
+    named = [(name, module) for name, module in modules if any(unchanged(module, kind) for kind in kinds)]
+    blocks = [(name, block) for name, block in named if fusable(block)]
     if not blocks:
         raise InputError(
             f"{type(model).__name__} has no block of pooling and a GELU MLP behind MLN, without hooks: there is "
@@ -89,9 +89,3 @@ def fuse(model: nn.Module) -> nn.Module:
     for name, block in blocks:
         holder.set_submodule(name, FoldedBlock(block))
     return holder[0].eval().requires_grad_(False)
-
-
-def foldable(module: nn.Module) -> bool:
-    """Whether a module is a block that can be fused, not of a subclass, and has no hooks."""
-    own = type(module) in (MetaFormerBlock, FusedBlock) and "forward" not in vars(module)
-    return own and not (module._forward_hooks or module._forward_pre_hooks) and fusable(module)

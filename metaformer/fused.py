@@ -68,6 +68,7 @@ class FusedBlock(MetaFormerBlock):
 
 
 EXPECTED = {
+    **{MetaFormerBlock: {}, FusedBlock: {}},
     MLN: {"num_groups": 1},
     Pooling: {"subtract": True},
     nn.AvgPool2d: {"stride": 1, "ceil_mode": False, "count_include_pad": False, "divisor_override": None},
@@ -77,8 +78,9 @@ EXPECTED = {
     DropPath: {},
     nn.Identity: {},
 }
-"""The classes of the parts that can be fused, and attributes that they must have."""
+"""The classes of blocks and parts that can be fused, and attributes that they must have."""
 FORWARD = {kind: kind.forward for kind in EXPECTED}
+PLAIN, ADD = MetaFormerBlock.plain, MetaFormerBlock.add
 
 
 def applies(block: MetaFormerBlock, x: Tensor) -> bool:
@@ -106,7 +108,10 @@ def few_positions(x: Tensor) -> bool:
 
 
 def fusable(block: MetaFormerBlock) -> bool:
-    """Whether a block is pooling and a GELU MLP, both behind MLN, with unchanged parts that have no hooks."""
+    """Whether a block is pooling and a GELU MLP, both behind MLN, as printed, with unchanged parts without hooks."""
+    kind, own = type(block), vars(block)
+    if kind.plain is not PLAIN or kind.add is not ADD or "plain" in own or "add" in own:
+        return False
     norm1, norm2, mixer, mlp = block.norm1, block.norm2, block.token_mixer, block.mlp
     if not (block.residual and unchanged(mixer, Pooling) and unchanged(mlp, ChannelMlp)):
         return False

@@ -52,7 +52,8 @@ class DepthwiseConv(nn.Conv2d):
 class RandomMixing(nn.Module):
     """``W x`` over the N = H * W positions with a fixed random N x N matrix W (section 4.4).
 
-    W is drawn from [0, 1), followed by a softmax over each row, and is not trained. The input is not subtracted.
+    W is drawn from [0, 1), followed by a softmax over each row, and gets no gradient, even after
+    ``requires_grad_()``. The input is not subtracted.
 
     Args:
         dim: number of channels C, which share the matrix.
@@ -70,7 +71,7 @@ class RandomMixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map_size(x, self.map_size, "RandomMixing")
-        return F.linear(positions_last(x), self.weight).view(x.shape)
+        return F.linear(positions_last(x), self.weight.detach()).view(x.shape)
 
 
 class SpatialFC(nn.Module):

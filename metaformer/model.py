@@ -150,7 +150,7 @@ class MetaFormer(nn.Module):
             raise InputError("global_pool='' leaves no vector to classify: use num_classes=0 with it, or 'avg'")
         self.num_classes = num_classes
         if num_classes > 0:
-            like = self.stem.weight
+            like = next(self.parameters())
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             init_linear(self.head)
         else:

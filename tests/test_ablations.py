@@ -334,6 +334,7 @@ def test_random_matrices_are_drawn_once_and_stay():
         assert ((ratios > 1) & (ratios < torch.e)).all()
         assert len(matrix) < 256 or ratios.min() > 2.5
     assert len({tuple(m.flatten()[:4].tolist()) for m in matrices}) == 12
+    model.requires_grad_()  # as after freezing and unfreezing a model
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=0.1)
     before = [m.clone() for m in matrices]
     model(torch.randn(2, 3, 64, 64)).square().mean().backward()

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -214,6 +215,36 @@ def test_gradient_checkpointing_keeps_less_and_changes_rounding_only(token_mixer
     assert worst(*results) < 1e-10
 
 
+class Stateful(nn.Module):
+    """Its buffers change before it uses them, one in its place and one by assignment."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("added", torch.ones(()))
+        self.register_buffer("assigned", torch.ones(()))
+
+    def forward(self, x):
+        self.added.add_(1)
+        self.assigned = self.assigned + 1
+        return x * self.added.clone() * self.assigned
+
+
+def test_gradient_checkpointing_computes_again_from_the_same_state():
+    """Also in each backward pass through a kept graph, and with parameters that only the forward pass has."""
+    results = []
+    for enable in (False, True):
+        block = randomise(MetaFormerBlock(8, Stateful)).double()
+        block.recompute = enable
+        parameters = {name: (2 * p).detach().requires_grad_() for name, p in block.named_parameters()}
+        maps = MAPS.clone().requires_grad_()
+        output = functional_call(block, parameters, maps).pow(2).sum()
+        (penalised,) = torch.autograd.grad(output, maps, create_graph=True)
+        penalised.pow(2).sum().backward()
+        results.append({**{name: p.grad for name, p in parameters.items()}, **dict(block.named_buffers())})
+    assert results[1]["token_mixer.added"] == results[1]["token_mixer.assigned"] == 2
+    assert worst(results[1], results[0]) < 1e-12
+
+
 def test_parts_without_gradient():
     fused, plain = pair()
     images = drawn(2, 3, 64, 64)
@@ -332,6 +363,7 @@ CHANGES = {
     "relu": setting("mlp.act", nn.ReLU()),
     "float32 norm": lambda block: block.norm1.float(),
     "subclass": setting("token_mixer", Doubled(8)),
+    "equation of an instance": setting("add", lambda x, branch, layer_scale: x + 2 * branch),
     "forward of an instance": lambda block: setattr(block.token_mixer, "forward", lambda x: 3 * x),
     "low rank": lambda block: register_parametrization(block.mlp.fc1, "weight", LowRank()),
     "weight norm": lambda block: parametrizations.weight_norm(block.mlp.fc2),
@@ -387,7 +419,7 @@ def test_folding_leaves_changed_blocks_as_they_are(name):
     CHANGES[name](plain[1])
     plain.eval()
     if name in ("pruning", "older weight norm"):  # they leave weights that are not leaves, which cannot be copied
-        with pytest.raises(metaformer.InputError, match="cannot be copied: make pruning or weight norm permanent"):
+        with pytest.raises(metaformer.InputError, match="make pruning or weight norm permanent"):
             metaformer.fuse(plain)
         return
     folded = metaformer.fuse(plain)
@@ -404,7 +436,10 @@ def test_patched_classes_and_global_hooks_are_respected(monkeypatch):
     hook = register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
     fused(MAPS)
     hook.remove()
-    assert seen.count("patched") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaFormerBlock, "plain", lambda self, x: seen.append("patched") or x)
+        fused(MAPS)
+    assert seen.count("patched") == 2
     assert {"MLN", "Pooling", "ChannelMlp", "GELU"} <= set(seen)
     assert applies(fused, MAPS)
 
@@ -414,11 +449,12 @@ def test_folding_keeps_subclasses_and_hooks_of_blocks():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    hooked = blocks()[0]
+    hooked, watched = blocks()[0], blocks()[1]
     hooked.register_forward_hook(lambda module, x, y: 3 * y)
-    model = nn.Sequential(blocks()[0], Mine(8).double(), hooked).eval()
+    watched.register_full_backward_hook(lambda *_: None)
+    model = nn.Sequential(blocks()[0], Mine(8).double(), hooked, watched).eval()
     folded = metaformer.fuse(model)
-    assert [type(block).__name__ for block in folded] == ["FoldedBlock", "Mine", "FusedBlock"]
+    assert [type(block).__name__ for block in folded] == ["FoldedBlock", "Mine", "FusedBlock", "MetaFormerBlock"]
     assert_equal_outcome(outcome(lambda: folded(MAPS)), outcome(lambda: model(MAPS)))
 
 
@@ -684,6 +720,14 @@ def test_a_block_alone_is_folded():
     assert isinstance(folded, FoldedBlock)
     with torch.inference_mode():
         assert relative_error(folded(maps), block(maps)) < 1e-6
+
+
+@pytest.mark.parametrize("kept", [nn.Parameter(torch.ones(1)) + 1, threading.Lock()], ids=["activation", "lock"])
+def test_what_cannot_be_copied_is_not_folded(kept):
+    block = blocks()[0]
+    block.kept = kept
+    with pytest.raises(metaformer.InputError, match="FusedBlock cannot be copied: remove what it keeps"):
+        metaformer.fuse(block)
 
 
 def test_folding_needs_a_block_to_fold():

@@ -227,6 +227,9 @@ def test_classifier_arguments(images):
     model.reset_classifier(0, global_pool="")
     with pytest.raises(InputError, match="leaves no vector to classify"):
         model.reset_classifier(3)
+    model.stem = nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.ReLU())
+    model.double().reset_classifier(3, global_pool="avg")
+    assert model(images.double()).shape == (2, 3)
 
 
 def test_layer_scale_may_start_at_a_whole_number(images):
