@@ -4,8 +4,7 @@ Shapes: B images, C channels, H x W positions; every feature map is (B, C, H, W)
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from itertools import count
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
@@ -108,31 +107,25 @@ class MetaFormerBlock(nn.Module):
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
-    """``function(x)``, computed again in the backward pass with the state that ``module`` has now."""
+    """``function(x)``, computed again in each backward pass through a kept graph.
+
+    It is computed again with the parameters and buffers that ``module`` has now, even if ``function`` changes buffers
+    or ``torch.func.functional_call`` has set them, and it then changes none. Parameters changed in place before a
+    backward pass raise PyTorch's error.
+    """
     if torch.compiler.is_compiling():  # a compiled backward pass repeats no update
         return checkpoint(function, x)
-    return checkpoint(function, x, context_fn=lambda: (nullcontext(), StateOf(module)))
+    parameters, passes = dict(module.named_parameters()), count()
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if not is_lazy(buffer)}
 
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        if next(passes) == 0:
+            return function(x)
+        copies = {name: buffers.get(name, buffer).clone() for name, buffer in module.named_buffers()}
+        with _reparametrize_module(module, {**parameters, **copies}):
+            return function(x)
 
-class StateOf:
-    """A context in which ``module`` has the parameters, and copies of the buffers, that it had when this was made.
-
-    It can be entered several times, since each backward pass through a kept graph computes activations again. Nothing
-    in the context changes the module, and parameters of ``torch.func.functional_call`` are still those of the forward
-    pass.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module, self.parameters = module, dict(module.named_parameters())
-        self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if not is_lazy(buffer)}
-
-    def __enter__(self) -> None:
-        buffers = {name: self.buffers.get(name, b).clone() for name, b in self.module.named_buffers()}
-        self.context = _reparametrize_module(self.module, {**self.parameters, **buffers})
-        self.context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
+    return checkpoint(run, x, *parameters.values())
 
 
 def init_linear(layer: nn.Linear | nn.Conv2d) -> None:

@@ -41,7 +41,9 @@ class FoldedBlock(nn.Module):
         if x.ndim != 4 or x.shape[1] != len(self.mix) or x.dtype != self.mix.dtype:
             expected = f"(batch, {len(self.mix)}, height, width) and {self.mix.dtype}"
             raise InputError(f"maps have shape {tuple(x.shape)} and {x.dtype}: expected {expected}")
-        if self.needs_derivatives(x):
+        # The operators of metaformer.kernels have no derivatives.
+        differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters()))
+        if differentiated or torch.compiler.is_exporting() or torch.jit.is_tracing() or kernels.transformed(x):
             x = plain_pooling_half(None, self.pool_size, self.eps[0], x, None, None, self.mix)
             w1, w2 = self.w1[:, :, None, None], self.w2[:, :, None, None]
             return plain_mlp_half(None, self.eps[1], x, None, None, w1, self.b1, w2, self.b2, self.scale)
@@ -50,13 +52,6 @@ class FoldedBlock(nn.Module):
             x = kernels.channels_last(x)
             x = kernels.mix(x, self.mix, kernels.statistics(x, self.eps[0])[1][1], self.pool_size)
             return kernels.add_mlp(x, self.w1, self.b1, self.w2, self.b2, self.scale, self.eps[1], dtype)
-
-    def needs_derivatives(self, x: Tensor) -> bool:
-        """Whether the output may be differentiated, which the operators of :mod:`metaformer.kernels` do not support."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or kernels.transformed(x):
-            return True
-        tensors = (x, self.mix, self.w1, self.b1, self.w2, self.b2, self.scale)
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -78,9 +73,8 @@ def fuse(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied: remove what it keeps, such as activations, and make pruning or "
             f"weight norm permanent with torch.nn.utils.prune.remove or remove_weight_norm; {error}"
         ) from error
-    kinds, modules = (MetaFormerBlock, FusedBlock), holder.named_modules()
-    named = [(name, module) for name, module in modules if any(unchanged(module, kind) for kind in kinds)]
-    blocks = [(name, block) for name, block in named if fusable(block)]
+    kinds = (MetaFormerBlock, FusedBlock)
+    blocks = [(n, m) for n, m in holder.named_modules() if type(m) in kinds and unchanged(m, type(m)) and fusable(m)]
     if not blocks:
         raise InputError(
             f"{type(model).__name__} has no block of pooling and a GELU MLP behind MLN, without hooks: there is "

@@ -117,9 +117,8 @@ def fusable(block: MetaFormerBlock) -> bool:
         return False
     pool, fc1, fc2 = mixer.pool, mlp.fc1, mlp.fc2
     parts = ((norm1, MLN), (norm2, MLN), (pool, nn.AvgPool2d), (fc1, nn.Conv2d), (mlp.act, nn.GELU), (fc2, nn.Conv2d))
-    if not all(unchanged(part, kind) for part, kind in parts):
-        return False
-    if not (unchanged(block.drop_path, nn.Identity) or unchanged(block.drop_path, DropPath)):
+    drops = unchanged(block.drop_path, nn.Identity) or unchanged(block.drop_path, DropPath)
+    if not drops or not all(unchanged(part, kind) for part, kind in parts):
         return False
     if not isinstance(pool.kernel_size, int) or pool.kernel_size % 2 == 0 or pool.padding != pool.kernel_size // 2:
         return False
@@ -222,9 +221,9 @@ class PoolingHalf(Function):
             d_x = torch.addcmul(grad, (scale * rstd).to(grad.dtype), across)
             d_x = torch.addcmul(d_x, (rstd * by_rstd).to(grad.dtype), normalised.to(grad.dtype), value=-1)
             by_channel = (by_factor if keep is None else keep * by_factor).sum((0, 2, 3))
-            if layer_scale is None:
-                return None, None, None, d_x, by_channel, torch.zeros_like(beta), None
-            return None, None, None, d_x, layer_scale * by_channel, torch.zeros_like(beta), gamma * by_channel
+            d_gamma = by_channel if layer_scale is None else layer_scale * by_channel
+            d_scale = None if layer_scale is None else gamma * by_channel
+            return None, None, None, d_x, d_gamma, torch.zeros_like(beta), d_scale
 
 
 class MlpHalf(Function):

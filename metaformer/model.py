@@ -53,7 +53,8 @@ class MetaFormer(nn.Module):
             printed equations.
 
     Raises:
-        InputError: a per-stage argument of the wrong length, an unknown ``global_pool`` or ``stem_stride``.
+        InputError: a per-stage argument of the wrong length, a module in place of its class, an unknown
+            ``global_pool`` or ``stem_stride``.
     """
 
     def __init__(
@@ -86,6 +87,9 @@ class MetaFormer(nn.Module):
         token_mixers = per_stage("token_mixers", token_mixers, stages)
         norm_layers = per_stage("norm_layers", norm_layers, stages)
         pos_embeds = per_stage("pos_embeds", pos_embeds, stages)
+        for layer in (*token_mixers, *norm_layers, act_layer):
+            if isinstance(layer, nn.Module) or not callable(layer):
+                raise InputError(f"{layer!r} does not make a layer: give a class, or a function that returns a module")
         last = max(sum(depths) - 1, 1)
         drop_path_rates = (drop_path_rate * i / last for i in range(sum(depths)))
 

@@ -115,8 +115,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "nodroppath": {"model": "poolformer_s12", "drop_path": 0.0},
 }
 """All rows of the ablation, each with the settings of ``classification/train.py`` that make it."""
-LABELS = {variant.row: variant.label for variant in VARIANTS.values() if variant.row}
-LABELS["nodroppath"] = "drop path → none"
+LABELS = {v.row: v.label for v in VARIANTS.values() if v.row} | {"nodroppath": "drop path → none"}
 """Labels of all rows of :data:`ROWS` in the tables."""
 
 

@@ -245,6 +245,17 @@ def test_gradient_checkpointing_computes_again_from_the_same_state():
     assert worst(results[1], results[0]) < 1e-12
 
 
+@pytest.mark.parametrize("token_mixer", [metaformer.Pooling, metaformer.DepthwiseConv])
+def test_weights_changed_before_the_backward_pass_are_noticed_with_gradient_checkpointing(token_mixer):
+    block = FusedBlock(8, token_mixer).double()
+    block.recompute = True
+    output = block(MAPS).sum()
+    with torch.no_grad():
+        block.mlp.fc1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
 def test_parts_without_gradient():
     fused, plain = pair()
     images = drawn(2, 3, 64, 64)

@@ -364,6 +364,9 @@ def test_stage_arguments():
     assert type(model.norm) is metaformer.MLN
     with pytest.raises(InputError, match="token_mixers has 3 entries"):
         MetaFormer(token_mixers=mixers[:3])
+    for arguments in ({"token_mixers": [nn.Identity()] * 4}, {"norm_layers": nn.Identity()}, {"act_layer": "Identity"}):
+        with pytest.raises(InputError, match="Identity.* does not make a layer: give a class"):
+            MetaFormer(**arguments)
 
 
 def test_residual_and_channel_mlp_can_be_left_out(images):
