@@ -227,9 +227,9 @@ def test_classifier_arguments(images):
     model.reset_classifier(0, global_pool="")
     with pytest.raises(InputError, match="leaves no vector to classify"):
         model.reset_classifier(3)
-    model.stem = nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.ReLU())
+    model.stem = nn.Sequential(nn.Conv2d(1, 64, 4, 4), nn.ReLU())
     model.double().reset_classifier(3, global_pool="avg")
-    assert model(images.double()).shape == (2, 3)
+    assert model(images[:, :1].double()).shape == (2, 3)
 
 
 def test_layer_scale_may_start_at_a_whole_number(images):
@@ -365,7 +365,7 @@ def test_stage_arguments():
     with pytest.raises(InputError, match="token_mixers has 3 entries"):
         MetaFormer(token_mixers=mixers[:3])
     for arguments in ({"token_mixers": [nn.Identity()] * 4}, {"norm_layers": nn.Identity()}, {"act_layer": "Identity"}):
-        with pytest.raises(InputError, match="Identity.* does not make a layer: give a class"):
+        with pytest.raises(InputError, match="does not make a layer: give a class"):
             MetaFormer(**arguments)
 
 
