@@ -68,7 +68,8 @@ class FusedBlock(MetaFormerBlock):
 
 
 EXPECTED = {
-    **{MetaFormerBlock: {}, FusedBlock: {}},
+    MetaFormerBlock: {},
+    FusedBlock: {},
     MLN: {"num_groups": 1},
     Pooling: {"subtract": True},
     nn.AvgPool2d: {"stride": 1, "ceil_mode": False, "count_include_pad": False, "divisor_override": None},
