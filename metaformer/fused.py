@@ -48,7 +48,7 @@ class FusedBlock(MetaFormerBlock):
     # TorchScript compiles the source of the wrapped function, the plain form.
     @wraps(MetaFormerBlock.forward)
     def forward(self, x: Tensor) -> Tensor:
-        if applies(self, x) and not few_positions(x):
+        if applies(self, x) and not plain_is_faster(x):
             return self.fused(x)
         return super().forward(x)
 
@@ -100,12 +100,14 @@ def applies(block: MetaFormerBlock, x: Tensor) -> bool:
     return x.dtype == gamma.dtype
 
 
-def few_positions(x: Tensor) -> bool:
-    """Whether maps ``x`` have fewer than two positions for each channel on a CPU, summed over the batch.
+def plain_is_faster(x: Tensor) -> bool:
+    """Whether the plain form of maps ``x`` is the faster one, which it is on a CPU only.
 
-    The fused form saves passes over maps and adds passes over the weights, which are then larger.
+    torch.compile fuses the plain form itself, and chooses better what to keep for the backward pass. The fused form
+    saves passes over maps and adds passes over the weights. These are larger if the maps have fewer than two positions
+    for each channel, summed over the batch.
     """
-    return x.device.type == "cpu" and x.numel() < 2 * x.shape[1] ** 2
+    return x.device.type == "cpu" and (torch.compiler.is_compiling() or x.numel() < 2 * x.shape[1] ** 2)
 
 
 def fusable(block: MetaFormerBlock) -> bool:
@@ -183,7 +185,7 @@ def mlp_half(
         if not torch.is_grad_enabled():
             weight, bias = kernels.folded(w1.flatten(1), b1, gamma, beta)
             return kernels.add_mlp(x, weight, bias, w2.flatten(1), b2, kernels.factor(layer_scale, keep), eps, dtype)
-        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        on_cpu = x.device.type == "cpu"
         sample = len(w1) * x.shape[2:].numel() * x.element_size()
         small = len(x) * sample <= CACHED
         arguments = (eps, 0 if recompute else 2 if on_cpu and small else 1, dtype, *weights)

@@ -198,7 +198,7 @@ def test_saved_bytes_are_those_of_each_storage_once():
 
 def test_saved_bytes_of_timms_class_are_the_published_ones(monkeypatch):
     monkeypatch.setattr("metaformer.fused.CACHED", 0)  # as if the batch were large
-    monkeypatch.setattr("metaformer.fused.few_positions", lambda _: False)
+    monkeypatch.setattr("metaformer.fused.plain_is_faster", lambda _: False)
     large = cell("training", size=(224, 224))
     entered = [contestants.contestant(entry, large) for entry in entries(large, ["plain", "fused", "timm"])]
     plain, fused, timm = (benchmark.saved_bytes(contestant) / 1e6 for contestant in entered)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
@@ -293,7 +294,7 @@ def test_saved_activations_of_s12(monkeypatch):
     theirs = saved(timm_twin("poolformer_s12", model))
     assert round(theirs / 1e6, 1) == 59.7
     assert 0.75 * theirs < saved(model) <= 0.85 * theirs
-    monkeypatch.setattr(metaformer.fused, "few_positions", lambda _: False)
+    monkeypatch.setattr(metaformer.fused, "plain_is_faster", lambda _: False)
     assert saved(model) <= 0.75 * theirs
     monkeypatch.setattr(metaformer.fused, "CACHED", 0)  # as if the batch were large
     assert saved(model) <= 0.45 * theirs
@@ -593,7 +594,8 @@ PARAMETERS_NEEDED = {"second derivatives of parameters", "per-sample gradients",
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms(name):
+def test_transforms(name, monkeypatch):
+    monkeypatch.setattr(metaformer.fused, "plain_is_faster", lambda _: False)  # as on a GPU, also when compiled
     fused, plain = blocks()
     expected = outcome(lambda: TRANSFORMS[name](plain))
     assert not isinstance(expected, type)
@@ -601,6 +603,14 @@ def test_transforms(name):
     if name not in PARAMETERS_NEEDED | {"jit.script", "symbolic_trace"}:
         folded = metaformer.fuse(nn.Sequential(plain))
         assert_equal_outcome(outcome(lambda: TRANSFORMS[name](folded)), outcome(lambda: TRANSFORMS[name](plain.eval())))
+
+
+def test_a_block_compiled_for_a_cpu_is_the_plain_form():
+    fused, _ = blocks()
+    recorded = EagerAndRecordGraphs()
+    torch.compile(fused, backend=recorded)(MAPS)
+    called = [node.target for node in recorded.graphs[0].graph.nodes]
+    assert called.count(nn.functional.group_norm) == 2  # the fused form calls it in no forward pass
 
 
 def test_gradients_of_a_folded_model_in_float32():
