@@ -141,17 +141,16 @@ def variant_arguments(name: str) -> dict[str, Any]:
     return VARIANTS[name].arguments
 
 
-def released_file(
-    name: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: dict | None = None, **_: Any
-) -> Path | None:
+def released_file(name: str, cache_dir: str | Path | None = None, **arguments: Any) -> Path | None:
     """The file with the released weights of a variant, fetched if necessary; ``None`` if its source is another.
 
     Raises:
         InputError: the file cannot be fetched, or is damaged.
     """
-    settings = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+    source = (arguments.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay"))
+    settings = resolve_pretrained_cfg(name, *source)
     elsewhere = settings.file or settings.hf_hub_id or settings.state_dict
-    return fetch(settings.url) if settings.url and not elsewhere else None
+    return fetch(settings.url, cache_dir) if settings.url and not elsewhere else None
 
 
 def entry_point(name: str) -> Callable[..., nn.Module]:

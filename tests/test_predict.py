@@ -68,7 +68,7 @@ def test_weights_from_elsewhere_and_imagenet_s_names(pictures, tmp_path, predict
     out, _ = predicted(*arguments, "--model", "poolformer_s12", "--json")
     assert all(len(prediction["classes"]) == 5 for prediction in json.loads(out))
     assert names_of(open_checkpoint(file, "poolformer_s12"))[281].startswith("tabby")
-    monkeypatch.setattr(metaformer.variants, "fetch", lambda url: file)  # the released weights
+    monkeypatch.setattr(metaformer.variants, "fetch", lambda *_: file)  # the released weights
     assert predicted(pictures / "val" / "a", "--model", "poolformer_s12", "--json")[0] == out
     error = predicted(*arguments, status=2)[1]
     assert "does not say what model it is of: give --model" in error

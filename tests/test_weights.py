@@ -32,8 +32,8 @@ from metaformer.formats import TO, recognised
 from metaformer.prediction import predict
 from metaformer.training.config import Config
 from metaformer.training.model import released_weights
-from metaformer.weights import read_checkpoint
-from metaformer.weights.described import of_timm_train
+from metaformer.weights import fetch, read_checkpoint, weights_of
+from metaformer.weights.described import of_folder, of_timm_train
 from metaformer.weights.opener import build, create
 from metaformer.weights.writers import write
 from oracles import SMALL, hf_twin, randomise, relative_error, save_run, timm_twin
@@ -128,7 +128,7 @@ def test_official_names_of_the_hybrids():
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_pretrained_fetches_the_released_file(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     url = timm.get_pretrained_cfg(name).url
     assert url == f"https://github.com/sail-sg/poolformer/releases/download/v1.0/{RELEASED[name]}.pth.tar"
     if name in POOLFORMERS and name != "poolformer_s12":
@@ -136,14 +136,16 @@ def test_pretrained_fetches_the_released_file(name, tmp_path, monkeypatch):
     model = randomise(timm.create_model(name))
     path = tmp_path / f"{RELEASED[name]}.pth.tar"
     torch.save(metaformer.convert(model.state_dict(), "official"), path)
-    loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"url": path.as_uri()})
+    options = {"pretrained_cfg_overlay": {"url": path.as_uri()}, "cache_dir": tmp_path / "cache"}
+    loaded = timm.create_model(name, pretrained=True, **options)
+    assert not (tmp_path / "home").exists()
     assert all(
         torch.equal(*pair) for pair in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
     )
 
 
 def test_a_source_that_the_user_names_replaces_the_release(monkeypatch):
-    def fetch(url):
+    def fetch(url, cache_dir):
         raise AssertionError(url)
 
     monkeypatch.setattr(metaformer.variants, "fetch", fetch)
@@ -172,13 +174,15 @@ def test_a_damaged_download_is_refused_and_fetched_again(tmp_path, monkeypatch):
     next((tmp_path / "cache/hub/checkpoints").rglob("poolformer_s12.pth.tar")).unlink()
     with pytest.raises(InputError, match=r"cannot fetch file://.*name the file as checkpoint"):
         timm.create_model("poolformer_s12", pretrained=True, pretrained_cfg_overlay=overlay)
+    with pytest.raises(InputError, match=r"cannot fetch http://localhost/a b\.pth .*can't contain control characters"):
+        fetch("http://localhost/a b.pth")
 
 
 def test_a_run_records_the_released_file(run, tmp_path, monkeypatch):
     model = timm.create_model("poolformer_s12")
     file = tmp_path / "poolformer_s12.pth.tar"
     torch.save(metaformer.convert(model.state_dict(), "official"), file)
-    monkeypatch.setattr(metaformer.variants, "fetch", lambda url: file)
+    monkeypatch.setattr(metaformer.variants, "fetch", lambda *_: file)
     folder = run("pretrained=true", "model_args={}", "epochs=1")
     record = json.loads((folder / "run.json").read_text())
     assert record["pretrained"] == {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -212,6 +216,37 @@ def test_load_weights_takes_every_format(to, wrap, tmp_path):
     assert same(loaded, model)
     with pytest.raises(InputError, match=r"another architecture.*missing"):
         metaformer.load_weights(small(depths=[1, 1, 3, 1]), tmp_path / "weights.pth")
+
+
+def test_renamed_safetensors(tmp_path):
+    model, loaded = randomise(small()), small()
+    save_file(model.state_dict(), tmp_path / "weights.pth")
+    metaformer.load_weights(loaded, tmp_path / "weights.pth")
+    assert same(loaded, model)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("/proc/self/mem", "^cannot read /proc/self/mem: Input/output error$"),
+        ("x" * 300, "^there is no checkpoint x{300}: give"),
+    ],
+)
+def test_what_the_system_refuses_to_read(source, says):
+    for read in (read_checkpoint, open_checkpoint):
+        with pytest.raises(InputError, match=says):
+            read(source)
+
+
+def test_the_moving_averages_that_timm_reads_are_read(tmp_path):
+    """Under either of its names; timm's own reader gives the same tensors."""
+    model, average = small().state_dict(), randomise(small()).state_dict()
+    for keys in (("state_dict", "state_dict_ema"), ("model", "model_ema")):
+        torch.save(dict(zip(keys, (model, average), strict=True)), tmp_path / "weights.pth")
+        theirs = timm.models.load_state_dict(tmp_path / "weights.pth")
+        ours = weights_of(read_checkpoint(tmp_path / "weights.pth"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -387,7 +422,7 @@ def test_a_released_name_is_fetched(tmp_path, monkeypatch, images):
     model = randomise(timm.create_model("poolformer_s12")).eval()
     file = tmp_path / "poolformer_s12.pth.tar"
     torch.save(metaformer.convert(model.state_dict(), "official"), file)
-    monkeypatch.setattr(metaformer.variants, "fetch", lambda url: file)
+    monkeypatch.setattr(metaformer.variants, "fetch", lambda *_: file)
     opened = open_checkpoint("poolformer_s12")
     assert torch.equal(opened.model(images), model(images))
     assert (opened.path, opened.size, opened.crop_pct, opened.config) == (file, (224, 224), 0.9, None)

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -57,34 +58,37 @@ def locate(source: str | Path) -> Path:
         InputError: there is none.
     """
     path = Path(source)
-    if path.is_dir():
-        found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
-        if found is None:
-            raise InputError(f"there is no checkpoint in {path}: expected a file {' or '.join(IN_FOLDERS)} there")
+    if found := next((file for file in (path, *map(path.joinpath, IN_FOLDERS)) if os.path.isfile(file)), None):
         return found
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}: give a checkpoint file or the folder of a run or model")
-    return path
+    if os.path.isdir(path):
+        raise InputError(f"there is no checkpoint in {path}: expected a file {' or '.join(IN_FOLDERS)} there")
+    raise InputError(f"there is no checkpoint {path}: give a checkpoint file or the folder of a run or model")
 
 
 def read_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint onto the CPU without executing anything in the file (``weights_only``).
 
     Args:
-        source: a file of ``torch.save``, a ``.safetensors`` file, or a folder as for :func:`locate`.
+        source: a file of ``torch.save``, one of safetensors under any name, or a folder as for :func:`locate`.
 
     Raises:
         InputError: the file is missing, damaged, not a checkpoint, or contains more than tensors and plain data.
     """
     path = locate(source)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        verify_checksums(path)
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":  # the length of safetensors' JSON header, and its beginning
+                return load_file(path)
+        if zipfile.is_zipfile(path):  # torch.load ignores checksums, which the format of PyTorch before 1.6 lacks
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() or any(record.compress_type for record in file.infolist()):
+                    raise zipfile.BadZipFile(path)
         there = torch.serialization.get_safe_globals()  # safe_globals would take these away when it ends
         allowed = [each for each in PLAIN_DATA + history_of_mmengine() if each not in there]
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a file that is not a checkpoint makes the unpickler fail in any way
         says = "is not a checkpoint or is damaged: get or save it again"
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # a class or function
@@ -98,29 +102,17 @@ def read_checkpoint(source: str | Path) -> dict:
     return checkpoint
 
 
-def verify_checksums(path: Path) -> None:
-    """Raise ``BadZipFile`` for a damaged file of ``torch.save``; ``torch.load`` ignores its checksums.
-
-    The format of PyTorch before 1.6 has no checksums, and such files pass.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            stored = all(record.compress_type == zipfile.ZIP_STORED for record in file.infolist())
-            if not stored or file.testzip():
-                raise zipfile.BadZipFile(path)
-
-
-def fetch(url: str) -> Path:
-    """Download the file at ``url`` into PyTorch's cache unless it is there already.
+def fetch(url: str, cache_dir: str | Path | None = None) -> Path:
+    """Download the file at ``url`` into ``cache_dir``, by default PyTorch's, unless it is there already.
 
     Raises:
         InputError: the file cannot be fetched, is damaged or is not a checkpoint. It is then removed from the cache.
     """
     try:
         # A folder for each address, since many have a file epoch_12.pth; and not every number in a name is a hash.
-        folder = get_cache_dir(hashlib.sha256(url.encode()).hexdigest()[:8])
+        folder = Path(cache_dir or get_cache_dir(), hashlib.sha256(url.encode()).hexdigest()[:8])
         path = Path(download_cached_file(url, check_hash=False, progress=os.isatty(2), cache_dir=folder))
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise InputError(f"cannot fetch {url} ({error}): fetch it elsewhere and name the file as checkpoint") from error
     try:
         read_checkpoint(path)

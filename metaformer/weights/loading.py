@@ -18,16 +18,10 @@ WRAPPED = re.compile(r"^(module\.|_orig_mod\.|timm_model\.)+")
 def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
     """The weights in a checkpoint, bare or under ``state_dict`` or ``model``; their moving average if ``ema`` is set
     and the checkpoint has it."""
-    keys = ["state_dict_ema", "state_dict", "model"] if ema else ["state_dict", "model"]
+    keys = ["state_dict_ema", "model_ema", "state_dict", "model"] if ema else ["state_dict", "model"]
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
-    if all(WRAPPED.match(str(name)) for name in weights):
-        weights = {WRAPPED.sub("", name): tensor for name, tensor in weights.items()}
-    return weights
-
-
-def named_for(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """The state dict under the names of ``model``: for a MetaFormer from any known format, for others as it is."""
-    return to_ours(state_dict) if isinstance(model, MetaFormer) else state_dict
+    wrapped = all(WRAPPED.match(str(name)) for name in weights)
+    return {WRAPPED.sub("", name): tensor for name, tensor in weights.items()} if wrapped else weights
 
 
 def load_weights(model: nn.Module, source: str | Path, *, ema: bool = True, replace_head: bool = False) -> str | None:
