@@ -18,7 +18,7 @@ from metaformer.block import ChannelLayerNorm
 from metaformer.errors import check_known
 from metaformer.mixers import Attention, DepthwiseConv, Pooling, RandomMixing, SpatialFC
 from metaformer.model import MetaFormer, fixes_size
-from metaformer.weights import fetch, named_for
+from metaformer.weights import adaptable, fetch
 
 RELEASES = "https://github.com/sail-sg/poolformer/releases/download/v1.0"
 S12 = {"depths": (2, 2, 6, 2), "dims": (64, 128, 320, 512), "layer_scale_init": 1e-5}
@@ -163,7 +163,7 @@ def entry_point(name: str) -> Callable[..., nn.Module]:
             MetaFormer,
             name,
             pretrained,
-            pretrained_filter_fn=named_for,
+            pretrained_filter_fn=adaptable,
             feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(arguments["depths"])))},
             **arguments,
         )

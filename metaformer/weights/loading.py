@@ -47,10 +47,8 @@ def load_weights(model: nn.Module, source: str | Path, *, ema: bool = True, repl
 
 def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_head: bool = False) -> None:
     """Do the same as :func:`load_weights` with a state dict; error messages name it ``source``."""
-    head = tuple(f"{name}." for name in classifiers(model))
-    if isinstance(model, MetaFormer) and recognised(state_dict) == "toolbox":
-        head = ("norm.", *head)
-    own, given = model.state_dict(), named_for(state_dict, model)
+    head = head_of(model, state_dict)
+    own, given = model.state_dict(), to_ours(state_dict) if isinstance(model, MetaFormer) else state_dict
     for name, value in given.items():
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{source} is no checkpoint of a model: {name!r} is a {type(value).__name__}, no tensor")
@@ -67,6 +65,27 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
             says = f"has a classifier of {classes} classes and the model one of {model.num_classes}"
         raise InputError(f"{source} {says}: use replace_head=true to start with a new classifier")
     model.load_state_dict({name: (own if name in in_head else given)[name] for name in own})
+
+
+def adaptable(state_dict: StateDict, model: MetaFormer) -> StateDict:
+    """Released weights under the names of ``model``, for timm, which adapts them to its channels and classes.
+
+    Raises:
+        InputError: a tensor is missing or unexpected. timm would ignore that for another number of classes.
+    """
+    given, head = to_ours(state_dict), head_of(model, state_dict)
+    if unlike := {name for name in model.state_dict().keys() ^ given.keys() if not str(name).startswith(head)}:
+        raise InputError(
+            f"{model.pretrained_cfg['architecture']} does not have its released weights with these arguments: "
+            + listed({"missing or unexpected": unlike})
+        )
+    return given
+
+
+def head_of(model: nn.Module, state_dict: StateDict) -> tuple[str, ...]:
+    """Beginnings of the names of the layers that weights of another task do not have."""
+    trunk = isinstance(model, MetaFormer) and recognised(state_dict) == "toolbox"
+    return (*(f"{name}." for name in classifiers(model)), *(["norm."] if trunk else []))
 
 
 def classifiers(model: nn.Module) -> list[str]:
