@@ -462,9 +462,17 @@ def test_timm_s_input_size_need_not_be_a_square():
     assert (settings["img_size"], settings["model_args"]["in_chans"]) == ([64, 96], 1)
 
 
-def test_arguments_that_pytorch_refuses():
-    with pytest.raises(InputError, match=r"poolformer_s12 does not take these arguments: .*negative dimension"):
-        create("poolformer_s12", None, {"in_chans": -1})
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("poolformer_s12", {"in_chans": -1}, "negative dimension"),
+        ("poolformer_s12", {"drop_rate": 2}, "dropout probability has to be between 0 and 1"),
+        ("vit_tiny_patch16_224", {"num_heads": 0}, "by zero"),
+    ],
+)
+def test_arguments_that_pytorch_refuses(name, arguments, says):
+    with pytest.raises(InputError, match=f"^{name} does not take these arguments: .*{says}"):
+        create(name, None, arguments)
 
 
 def test_classes_are_counted_at_the_model_s_own_classifier(tmp_path):
@@ -507,6 +515,7 @@ def test_mmpretrain_s_class_names(tmp_path):
             "is a checkpoint of poolformer_s24, not",
         ),
         ({"config": {"model": 3}}, {}, "there is no model 3"),
+        (None, {"model": "poolformer_s12", "imgsize": 64}, r"no setting of open_checkpoint 'imgsize' \(did you mean"),
         (
             {"config": {"model": "poolformer_s12", "model_args": {"num_classes": 3}}},
             {},

@@ -1,5 +1,6 @@
 """Open a checkpoint as the model that was trained, with its input settings and class names."""
 
+import os
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from metaformer import variants
-from metaformer.errors import InputError, MachineError, nearest
+from metaformer.errors import InputError, check_known, nearest
 from metaformer.formats import StateDict, recognised, to_ours
 from metaformer.model import MetaFormer
 from metaformer.weights.described import Settings, architecture, described
@@ -57,12 +58,14 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
         InputError: the checkpoint does not exist, its model is unknown, it is of another model, or a setting that comes
             with it or is given cannot be used.
     """
+    for name in settings:
+        check_known("setting of open_checkpoint", name, ("model_args", "img_size", *INPUTS))
     found = {name: value for name, value in settings.items() if value is not None}
     try:
         return with_settings(source, model, found)
-    except (InputError, MachineError):
+    except InputError:
         raise
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         # A file can state any value, and timm and PyTorch raise errors of many kinds for values that do not fit.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"a setting of {source} cannot be used ({reason}): correct it or get new files") from error
@@ -70,7 +73,7 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
 
 def with_settings(source: str | Path, model: str | None, found: Settings) -> Opened:
     """:func:`open_checkpoint` with settings that replace those of the checkpoint."""
-    if not Path(source).exists() and (str(source) == model or timm.is_model(str(source))):
+    if not os.path.exists(source) and (str(source) == model or timm.is_model(str(source))):
         name, kind = str(source), None
         built = create(name, None, arguments_of(name, found), pretrained=True)
         path = variants.released_file(name) if architecture(name) in variants.VARIANTS else None
@@ -137,12 +140,14 @@ def create(name: str, num_classes: int | None, arguments: dict[str, Any], pretra
         raise InputError(f"there is no model {name!r}{nearest(str(name), timm.list_models())}")
     try:  # timm leaves out arguments that are None, so a model without drop path works too
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
-    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a model is code, and fails for arguments that do not fit in any way
         reason = " ".join(str(error).split()) or type(error).__name__
-        loading = pretrained and isinstance(error, OSError | RuntimeError)
-        what = "does not have its released weights with" if loading else "does not take"
-        says = f"{name} {what} these arguments: {reason}"
-        if loading and "loading state_dict" not in reason:
+        says = f"{name} does not take these arguments: {reason}"
+        if "loading state_dict" in reason:
+            says = f"{name} does not have its released weights with these arguments: {reason}"
+        elif pretrained and isinstance(error, OSError | RuntimeError):
             says = f"cannot fetch the released weights of {name} ({reason}): give a checkpoint instead"
         raise InputError(says) from error
 
