@@ -19,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PoolFormerConfig,
     PoolFormerForImageClassification,
     PoolFormerImageProcessor,
     Trainer,
@@ -457,6 +458,13 @@ def test_checkpoints_of_timm_s_own_training_script(name, ours, tmp_path, images)
         assert opened.std == timm.get_pretrained_cfg(name).std
 
 
+def test_timm_s_class_is_known_by_its_names(tmp_path, images):
+    """Its head averages first. The checkpoint is one of PyTorch's ImageNet example."""
+    model = randomise(timm_metaformer.poolformer_s12(num_classes=5)).eval()
+    torch.save({"epoch": 1, "arch": "poolformer_s12", "state_dict": model.state_dict()}, tmp_path / "weights.pth")
+    assert relative_error(open_checkpoint(tmp_path / "weights.pth").model(images), model(images)) < 1e-5
+
+
 def test_timm_s_input_size_need_not_be_a_square():
     settings = of_timm_train({"model": "poolformer_s12", "input_size": (1, 64, 96)}, None)
     assert (settings["img_size"], settings["model_args"]["in_chans"]) == ([64, 96], 1)
@@ -738,6 +746,7 @@ def test_folders_of_transformers_tell_their_model_classes_and_preprocessing(tmp_
     for name, content, says in [
         ("preprocessor_config.json", {"do_normalize": False}, "prepares pictures otherwise"),
         ("preprocessor_config.json", {"size": 256, "crop_size": 224}, "prepares pictures otherwise"),
+        ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, "prepares pictures otherwise"),
         ("config.json", {"model_type": "poolformer", "pool_size": 5}, "a PoolFormer with pool_size 5: here it is 3"),
         ("config.json", {"model_type": "vit"}, "does not say what model it is of"),
         ("config.json", {"model_type": "poolformer", "strides": 4}, r"a setting of .* cannot be used \(TypeError: "),
@@ -751,6 +760,13 @@ def test_folders_of_transformers_tell_their_model_classes_and_preprocessing(tmp_
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot read .*config.json"):
         open_checkpoint(tmp_path)
+
+
+def test_defaults_that_transformers_does_not_write(tmp_path):
+    PoolFormerConfig().save_pretrained(tmp_path)
+    assert of_folder(tmp_path, "hf")["model"] == "poolformer_s12"
+    (tmp_path / "config.json").write_text('{"model_type": "poolformer"}')
+    assert of_folder(tmp_path, "hf")["model"] == "poolformer_s12"
 
 
 def test_a_timm_folder_with_timm_s_own_class_has_timm_s_logits(tmp_path, images):

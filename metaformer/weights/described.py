@@ -29,7 +29,7 @@ def described(path: Path, checkpoint: dict, kind: str | None) -> Settings:
         return of_folder(path.parent, kind)
     if isinstance(meta, dict) and isinstance(meta.get("dataset_meta"), dict):  # of mmpretrain
         return {"class_names": list(meta["dataset_meta"].get("classes") or ()) or None}
-    return {"model": name} if isinstance(name, str) and timm.is_model(name) else {}
+    return {"model": name, "model_args": in_timm(kind, name)} if isinstance(name, str) and timm.is_model(name) else {}
 
 
 def check_trained_as(model: str, model_args: dict[str, Any], checkpoint: dict, source: str) -> None:
@@ -46,17 +46,15 @@ def check_trained_as(model: str, model_args: dict[str, Any], checkpoint: dict, s
         raise InputError(f"{source} was trained with the backbone {trained[0]}, and the model here is {model}")
     if not isinstance(run, dict) or architecture(run.get("model")) not in variants.VARIANTS:
         return
-    theirs = {key: as_list(value) for key, value in (run.get("model_args") or {}).items() if key != "img_size"}
-    ours = {key: as_list(value) for key, value in model_args.items() if key != "img_size"}
+    theirs, ours = (
+        {key: list(value) if isinstance(value, tuple) else value for key, value in each.items() if key != "img_size"}
+        for each in (run.get("model_args") or {}, model_args)
+    )
     if (architecture(run["model"]), theirs) != (architecture(model), ours):
         raise InputError(
             f"{source} was trained as {run['model']} with model_args {theirs}, and the model here is {model} with "
             f"{ours}: use the same name and arguments, or save the weights alone to start another model from them"
         )
-
-
-def as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def of_timm_train(arguments: dict[str, Any], kind: str | None) -> Settings:
@@ -108,7 +106,8 @@ def of_folder(folder: Path, kind: str | None) -> Settings:
     for key, value in fixed.items():
         if config.get(key, value) != value:
             raise InputError(f"{folder} holds a PoolFormer with {key} {config[key]}: here it is {value}")
-    depths, dims = (tuple(config.get(key, ())) for key in ("depths", "hidden_sizes"))
+    depths = tuple(config.get("depths", variants.S12["depths"]))
+    dims = tuple(config.get("hidden_sizes", variants.S12["dims"]))
     shapes = {name: (row.arguments["depths"], row.arguments["dims"]) for name, row in variants.POOLFORMERS.items()}
     scaled = config.get("use_layer_scale", True)
     name = next((name for name, shape in shapes.items() if scaled and shape == (depths, dims)), None)
@@ -126,25 +125,19 @@ def of_processor(folder: Path) -> Settings:
     if not file.is_file():
         return {}
     processor = read_json(file)
-    size, crop = (side(processor.get(key, 224)) for key in ("size", "crop_size"))
+    sizes = (processor.get(key, 224) for key in ("size", "crop_size"))
+    sides = {side for size in sizes for side in (size.values() if isinstance(size, dict) else [size])}
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    if size != crop or not all(processor.get(step, True) for step in steps):
-        raise InputError(
-            f"{file} prepares pictures otherwise than by resizing, cropping to {size} pixels and normalising"
-        )
+    usual = processor.get("rescale_factor", 1 / 255) == 1 / 255 and all(processor.get(step, True) for step in steps)
+    if len(sides) > 1 or not usual:
+        raise InputError(f"{file} prepares pictures otherwise than by resizing, cropping to one side and normalising")
     return {
-        "img_size": crop,
+        "img_size": sides.pop(),
         "crop_pct": processor.get("crop_pct", 0.9) or 1.0,  # transformers' default, and its meaning of null
         "interpolation": Image.Resampling(processor.get("resample", Image.Resampling.BICUBIC)).name.lower(),
         "mean": processor.get("image_mean"),
         "std": processor.get("image_std"),
     }
-
-
-def side(size: int | dict[str, int]) -> int | None:
-    if isinstance(size, int):
-        return size
-    return size.get("shortest_edge") or (size.get("height") if size.get("height") == size.get("width") else None)
 
 
 def ordered(names: dict[str, str] | list[str] | None) -> list[str] | None:
