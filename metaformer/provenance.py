@@ -104,7 +104,7 @@ def write_file(path: Path, content: bytes | memoryview, previous: Path | None = 
     Raises:
         InputError: the file cannot be written. The old file is unchanged then.
     """
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.parent / f"{path.name}.tmp"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

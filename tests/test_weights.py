@@ -581,7 +581,7 @@ SETTINGS = [
     {"model_args": {**SMALL, "stem_stride": 1}, "mean": (0.5, 0.4, 0.3), "interpolation": "bilinear"},
     {"model_args": {}, "img_size": 64, "crop_pct": 0.95},
     {"model": "metaformer_s12_nolayerscale", "crop_pct": 1.0},
-    {"model_args": {"depths": [1, 1, 1], "dims": [8, 12, 16], "stem_stride": 2, "overlap": False}},
+    {"model_args": {"depths": [1] * 3, "dims": [8, 12, 16], "stem_stride": 2, "overlap": False, "mlp_ratio": 3.2}},
 ]
 
 
@@ -630,12 +630,15 @@ def test_transformers_gets_what_was_trained(settings, convert, picture, tmp_path
         ("hf", {"model": "metaformer_s12_relu"}, "with equal weights, its output would differ by"),
         ("hf", {"model": "metaformer_s12_noresidual"}, "with equal weights, its output would differ by"),
         ("hf", {"model": "metaformer_s12_nomlp"}, "another architecture"),
+        ("hf", {"interpolation": "box"}, r"no filters box and hamming: .* \(32, 32\) with 3 channels and box"),
         ("hf", {"model": "metaformer_s12_bn"}, "another architecture"),
         ("hf", {"model": "resnet18", "model_args": {}}, "hf has no resnet18, which is not a MetaFormer: use timm-hf"),
         ("official", {"model_args": {"pool_before_norm": True}}, r"\(pool_before_norm=True\): with equal weights"),
         ("official", {"model_args": {"stem_stride": 1}}, r"\(stem_stride=1\): with equal weights"),
         ("official", {"model_args": SMALL}, "another architecture"),
         ("official", {"model": "metaformer_s12_relu", "model_args": {}}, "official has no metaformer_s12_relu"),
+        # SpatialFc(spatial_shape=[7, 7]) in the official code
+        ("official", {"model": "metaformer_s12_pppf", "model_args": {}, "img_size": 64}, "2 of another shape"),
         ("mmpretrain", {"model_args": {"stem_stride": 2}}, r"\(stem_stride=2\): with equal weights"),
         ("timm", {"model_args": {"stem_stride": 2}}, r"\(stem_stride=2\): with equal weights"),
         ("timm", {"model": "metaformer_s12_identity", "model_args": {}}, "timm has no metaformer_s12_identity"),
@@ -784,6 +787,23 @@ def test_an_error_of_the_command_is_one_line(convert, tmp_path):
     )
 
 
+@pytest.mark.parametrize("to", ["hf", "timm-hf", "ours"])
+def test_a_full_disk_leaves_no_part_of_the_weights(to, convert, tmp_path):
+    save_run(tmp_path / "run")
+    target = tmp_path / "out" / ("" if to == "ours" else "model.safetensors")
+    target.parent.mkdir(exist_ok=True)
+    target.with_name(f"{target.name}.tmp").symlink_to("/dev/full")
+    error = convert(tmp_path / "run", tmp_path / "out", "--to", to, status=2)
+    assert error == f"error: cannot write {target}: No space left on device\n"
+    assert not target.exists()
+
+
+def test_a_folder_in_the_place_of_a_file(convert, tmp_path):
+    save_run(tmp_path / "run")
+    for target in (tmp_path, "."):
+        assert convert(tmp_path / "run", target, "--to", "ours", status=2).startswith(f"error: cannot write {target}: ")
+
+
 @pytest.mark.parametrize("to", ["hf", "timm-hf"])
 def test_a_file_in_the_place_of_a_folder_is_kept(to, convert, tmp_path):
     save_run(tmp_path / "run")
@@ -799,6 +819,10 @@ def test_grey_images(tmp_path):
     with pytest.raises(InputError, match=r"squares of 3 channels, .* takes images of \(224, 224\) with 1 channels"):
         write(opened, "hf", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+    whole = opened._replace(model=timm.create_model("poolformer_s12", in_chans=1, num_classes=10).eval())
+    for to in ("official", "mmpretrain"):  # PatchEmbed(..., in_chans=3) in both
+        with pytest.raises(InputError, match=r"1 of another shape \(stem\.weight\)"):
+            write(whole, to, tmp_path / "weights.pt")
     write(opened, "ours", tmp_path / "ours.pt")
     write(opened, "timm-hf", tmp_path / "folder")
     images = torch.randn(1, 1, 64, 64)

@@ -27,12 +27,6 @@ from metaformer.weights.loading import load_state
 from metaformer.weights.opener import Opened
 
 TARGETS = (*TO, "timm-hf")
-MODELS = {
-    "official": [name for name, variant in VARIANTS.items() if variant.release],
-    "timm": list(POOLFORMERS),
-    "mmpretrain": list(POOLFORMERS),
-}
-"""Models that exist in the libraries whose files contain weights only."""
 
 
 def write(opened: Opened, to: str, target: Path) -> list[str]:
@@ -54,13 +48,11 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
     if to == "hf":
         return write_transformers_folder(opened, target)
     name = architecture(opened.name)
-    known = MODELS.get(to, [name])
-    if name not in known:
+    known = [each for each, variant in VARIANTS.items() if variant.release] if to == "official" else POOLFORMERS
+    if to != "ours" and name not in known:
         raise InputError(f"{to} has no {opened.name}: it has {', '.join(known)}")
     content, remarks = convert(model.state_dict(), to), []
-    if to == "timm":
-        remarks = compared_with_timm(opened)
-    elif to == "ours":
+    if to == "ours":
         own = {"model": opened.name, "model_args": opened.model_args, "img_size": list(opened.size), **opened.inputs}
         content = {
             "arch": opened.name,
@@ -69,34 +61,30 @@ def write(opened: Opened, to: str, target: Path) -> list[str]:
             "class_names": opened.class_names,
             "state_dict": content,
         }
-    else:  # a reader of the file builds the model by its name
-        shape = {"img_size": opened.size, "in_chans": model.in_chans, "num_classes": model.num_classes}
-        by_name = timm.create_model(opened.name, **shape)
+    elif to == "timm":
+        theirs = getattr(timm.models.metaformer, name)(num_classes=model.num_classes, in_chans=model.in_chans)
+        check_same(opened, theirs, "timm", "timm's class", "forward_features")
+        theirs.load_state_dict(content)
+        images = random_images(opened)
+        with torch.inference_mode():
+            error = largest_error([theirs(images)], [model(images)])
+        if error > TOLERANCE:
+            remarks.append(
+                "timm averages before the last norm, where the paper's code norms first: "
+                f"its logits differ by {100 * error:.1f} % on random images"
+            )
+    else:  # these libraries build the model by its name, for 3 channels, and fix numbers of tokens for 224 pixels
+        by_name = timm.create_model(opened.name, num_classes=model.num_classes)
         check_same(opened, by_name, "ours", f"the {to} format, which holds weights alone,")
         content = {"state_dict": content} if to == "mmpretrain" else content
     write_torch(target, content)
     return remarks
 
 
-def compared_with_timm(opened: Opened) -> list[str]:
-    model, build = opened.model, getattr(timm.models.metaformer, architecture(opened.name))
-    theirs = build(num_classes=model.num_classes, in_chans=model.in_chans)
-    check_same(opened, theirs, "timm", "timm's class", "forward_features")
-    theirs.load_state_dict(convert(model.state_dict(), "timm"))
-    images = random_images(opened)
-    with torch.inference_mode():
-        error = largest_error([theirs(images)], [model(images)])
-    remark = (
-        "timm averages before the last norm, where the paper's code norms first: "
-        f"its logits differ by {100 * error:.1f} % on random images"
-    )
-    return [remark] if error > TOLERANCE else []
-
-
 def write_timm_folder(opened: Opened, folder: Path) -> list[str]:
     """The files of ``timm.models.save_for_hf``, which transformers' ``TimmWrapper`` and timm's ``local-dir:`` load."""
     data = {"img_size": opened.size, "crop_pct": opened.crop_pct}  # the model states the rest
-    with NamedTemporaryFile() as file:
+    with writing(folder), NamedTemporaryFile() as file:
         try:
             save_config_for_hf(opened.model, file.name, {"label_names": opened.class_names}, data_config=data)
         except ValueError as error:
@@ -117,12 +105,13 @@ def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
     except ImportError as error:
         raise InputError("to write a Hugging Face model, transformers is needed: pip install transformers") from error
     model, side = opened.model, opened.size[0]
-    if opened.size != (side, side) or model.in_chans != 3:
-        takes = f"images of {opened.size} with {model.in_chans} channels"
-        raise InputError(f"transformers' processor crops squares of 3 channels, and {opened.name} takes {takes}")
+    if opened.size != (side, side) or model.in_chans != 3 or opened.interpolation in ("box", "hamming"):
+        raise InputError(
+            "transformers' processor crops squares of 3 channels, and has no filters box and hamming: "
+            f"{opened.name} takes images of {opened.size} with {model.in_chans} channels and {opened.interpolation}"
+        )
     weights, names = model.state_dict(), opened.class_names or [f"LABEL_{i}" for i in range(model.num_classes)]
     convs = [model.stem, *(stage.downsample for stage in model.stages[1:])]
-    mlp = weights.get("stages.0.blocks.0.mlp.fc1.weight")
     theirs = PoolFormerForImageClassification(
         PoolFormerConfig(
             depths=[len(stage.blocks) for stage in model.stages],
@@ -131,15 +120,14 @@ def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
             strides=[conv.stride[0] for conv in convs],
             padding=[conv.padding[0] for conv in convs],
             num_encoder_blocks=len(convs),
-            num_channels=model.in_chans,
-            mlp_ratio=4.0 if mlp is None else len(mlp) / model.stem.out_channels,
+            architectures=["PoolFormerForImageClassification"],
+            mlp_ratio=opened.model_args.get("mlp_ratio", 4.0),
             use_layer_scale="stages.0.blocks.0.layer_scale1" in weights,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
         )
     )
     check_same(opened, theirs, "hf", "transformers' PoolFormer")
-    theirs.load_state_dict(convert(weights, "hf"))
     processor = PoolFormerImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -150,8 +138,9 @@ def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
     )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)  # transformers only logs that it is a file
-        theirs.save_pretrained(folder)
+        theirs.config.save_pretrained(folder)
         processor.save_pretrained(folder)
+    write_file(folder / "model.safetensors", save(convert(weights, "hf"), {"format": "pt"}))
     # transformers rounds the crop's corner down, torchvision to the nearest even number.
     margin = int(side / opened.crop_pct) - side
     why = ", because its crop lies one pixel further up and left" if round(margin / 2) != margin // 2 else ""
