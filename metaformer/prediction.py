@@ -1,5 +1,6 @@
 """Predict the most likely classes of pictures."""
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def find_pictures(given: list[Path]) -> list[Path]:
     found = []
     for path in given:
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
+            files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+            inside = sorted(file for file in files if file.suffix.lower() in suffixes)
             if not inside:
                 raise InputError(f"there are no pictures in {path}")
             found += inside

@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import create_dataset
 from transformers import PoolFormerImageProcessor
 from transformers.image_utils import load_image
 
 import metaformer
 from conftest import run_script
 from metaformer import open_checkpoint
-from metaformer.prediction import Pictures, names_of
+from metaformer.prediction import Pictures, find_pictures, names_of
 from metaformer.training.batches import Images, transform
 from metaformer.training.config import Config
 from oracles import save_run
@@ -110,6 +111,15 @@ def test_all_kinds_of_pictures_and_those_that_cannot_be_read(tmp_path, predicted
     assert {prediction["file"].rpartition("/")[2] for prediction in json.loads(out)} == MODES.keys()
     assert err.count("cannot read") == 1
     assert "broken.jpg: UnidentifiedImageError" in err
+
+
+def test_linked_folders_are_searched(pictures, tmp_path):
+    """As by the reader of the training pictures."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/linked").symlink_to(pictures / "val")
+    names = create_dataset("", tmp_path / "data").filenames(absolute=True)
+    assert find_pictures([tmp_path / "data"]) == sorted(map(Path, names))
+    assert names
 
 
 def test_a_run_in_float16_and_a_name_that_is_not_text(pictures, tmp_path, capfdbinary):
