@@ -68,6 +68,10 @@ def test_the_card_of_a_run_states_the_accuracy_of_its_checkpoint(run, tmp_path):
     with torch.inference_mode():
         logits = opened.model(pictures_of(card, opened))
     assert torch.allclose(logits, torch.tensor(list(logits_on(card).values())), atol=1e-4)
+    record = json.loads((folder / "run.json").read_text())  # as it is while the next epoch's checkpoint is written
+    (folder / "run.json").write_text(json.dumps({**record, "curve": curve[:-1]}))
+    write(open_checkpoint(folder / "last.pt"), "timm-hf", tmp_path / "folder")
+    assert ModelCard.load(tmp_path / "folder/README.md").data.eval_results is None
 
 
 def test_the_card_of_weights_within_an_epoch_states_no_accuracy(run, tmp_path, monkeypatch):

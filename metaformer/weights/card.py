@@ -49,14 +49,13 @@ def write_card(opened: Opened, folder: Path) -> None:
     """
     run = read_json(opened.path.parent / "run.json")
     checkpoint = read_checkpoint(opened.path)
-    if "epoch" not in checkpoint:  # not written by the run itself
+    if (epoch := checkpoint.get("epoch")) is None:  # not written by the run itself
         return
-    epoch = checkpoint["epoch"]
     settings, data, start = run["settings"], run["data"], run["starts"][0]
     name = Path(data["data_dir"]).name or data["dataset"]
     metadata, accuracy = ModelCardData(library_name="timm", tags=["image-classification"]), None
-    if epoch and not checkpoint.get("step"):  # a run that was stopped within an epoch has not measured these weights
-        result = run["curve"][epoch - 1]
+    measured = [] if checkpoint.get("step") else [row for row in run["curve"] if row["epoch"] == epoch]
+    for result in measured:  # none of weights within an epoch, or of an epoch that is not recorded yet
         accuracy = f"{result['top1']:.2f} %, {result['top5']:.2f} % of {data['val_images']:,} validation pictures"
         metadata.model_name = opened.name
         metadata.eval_results = [
