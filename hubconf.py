@@ -5,6 +5,9 @@
 ``timm.create_model``.
 """
 
+from functools import partial as _partial
+
+import timm as _timm
 from torch import nn as _nn
 
 from metaformer import variants as _variants
@@ -14,7 +17,8 @@ dependencies = ["numpy", "safetensors", "timm", "torch"]
 
 def metaformer(name: str, pretrained: bool = False, **arguments) -> _nn.Module:
     """A PoolFormer or a row of the ablation by its name. An unknown name raises an error that lists all of them."""
-    return _variants.entry_point(name)(pretrained, **arguments)
+    _variants.variant_arguments(name)  # raises the error
+    return _timm.create_model(name, pretrained, **arguments)
 
 
-globals().update({name: _variants.entry_point(name) for name in _variants.POOLFORMERS})
+globals().update({name: _partial(metaformer, name) for name in _variants.POOLFORMERS})

@@ -497,8 +497,9 @@ def test_features_only_through_fx():
 def test_torch_hub():
     names = runpy.run_path(str(ROOT / "hubconf.py"))
     assert {name for name in names if callable(names[name]) and name[0] != "_"} == {*POOLFORMERS, "metaformer"}
-    model = torch.hub.load(str(ROOT), "poolformer_s12", source="local", num_classes=3)
+    model = torch.hub.load(str(ROOT), "poolformer_s12", source="local", num_classes=3, pool_before_norm=True)
     assert (type(model), model.num_classes) == (MetaFormer, 3)
+    assert timm.models._hub.get_model_args(model)["pool_before_norm"]  # as timm saves the model
     model = torch.hub.load(str(ROOT), "metaformer", "metaformer_s12_ppff", source="local", img_size=64)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
     with pytest.raises(InputError, match=r"there is no variant 'poolformer_s13'.*poolformer_s12"):
