@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--weights",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=FILE",
         help="checkpoints for these models, of a run of classification/ for example (default: the released weights)",
@@ -41,7 +42,7 @@ def main() -> None:
     figure = draw(pictures, {name: maps(name, weights.get(name, name), options.pictures) for name in options.models})
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.out, dpi=150)
+        figure.savefig(options.out, dpi=150, format=options.out.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {options.out}: {error}") from error
     print(options.out)

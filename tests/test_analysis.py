@@ -1003,6 +1003,12 @@ def test_gradcam_takes_the_upper_half_of_greys_of_16_bits(tmp_path):
     assert np.array_equal(found, expected)
 
 
+def test_gradcam_names_pictures_that_pillow_refuses(picture, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"cannot read the picture .*picture\.png: Image size \(4800 pixels\) exceeds"):
+        gradcam.read_picture(picture)
+
+
 def test_gradcam_shows_a_run_the_pictures_that_it_was_trained_on(run, picture):
     """TINY's pictures have 32 pixels; at 224 the maps would be those of another network."""
     folder = run("epochs=1")
@@ -1032,7 +1038,7 @@ def test_gradcam_is_for_rgb_images():
 def test_gradcam_draws_the_papers_models(picture, tmp_path, command):
     names = ("resnet50", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
     given = [f"{name}={weights(tmp_path, name)}" for name in names]
-    out = tmp_path / "out" / "cam.png"
+    out = tmp_path / "out" / "cam"  # matplotlib alone would add a suffix
     arguments = [picture, "--models", *names, "--weights", *given, "--out", out]
     assert command("analysis/gradcam.py", *arguments)[0] == 0
     assert np.asarray(Image.open(out).convert("L")).std() > 10
@@ -1046,7 +1052,10 @@ def test_gradcam_draws_the_papers_models(picture, tmp_path, command):
         (["{picture}", "--models", "poolformer_s112"], "there is no model 'poolformer_s112'"),
         (["nowhere.png", "--models", "poolformer_s12"], "cannot read the picture nowhere.png"),
         (["{picture}", "--weights", "resnet50=x"], "--weights resnet50=x: give NAME=FILE"),
-        (["{picture}", "--models", "resnet18", "--weights", "resnet18=none.pt"], "there is no checkpoint none.pt"),
+        (
+            ["{picture}", "--models", "resnet18", "x", "--weights", "resnet18=none.pt", "--weights", "x=y"],
+            "there is no checkpoint none.pt",
+        ),
         (
             ["{picture}", "--models", "mixnet_s", "--weights", "mixnet_s={mixnet}"],
             "mixnet_s is a EfficientNet: Grad-CAM supports MetaFormer",

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from timm.data import resolve_data_config
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from metaformer import open_checkpoint
 from metaformer.errors import InputError
 from metaformer.mixers import Size
+from metaformer.prediction import Pictures
 from metaformer.training.batches import to_rgb
 
 PAPER = ("resnet50.a2_in1k", "deit_small_patch16_224", "resmlp_24_224", "poolformer_s24")
@@ -56,9 +56,8 @@ def tokens_to_map(tokens: Tensor, prefix: int, grid: Size) -> Tensor:
 def read_picture(path: Path, size: Size = (224, 224)) -> np.ndarray:
     """Read a picture as RGB (H, W, 3) from 0 to 1, resized without a crop as in the official script."""
     try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
-    except (OSError, ValueError) as error:
+        pixels = np.asarray(to_rgb(Pictures([path])[0][0]))
+    except Exception as error:  # decoders fail in their own ways
         raise InputError(f"cannot read the picture {path}: {error}") from error
     return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
