@@ -19,11 +19,8 @@ from metaformer.provenance import write_file
 from metaformer.weights import Opened
 
 FORMATS = ("onnx", "torch-export")
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
 """Largest relative difference of float32 outputs (Euclidean norms) that is attributed to rounding."""
-BATCHES = (1, 3)
-
 Exported = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -39,16 +36,14 @@ def export_opened(opened: Opened, to: str, target: Path, sides: list[int] | None
         InputError: the format is unknown, a package is missing, or the model cannot be exported for this size.
     """
     check_known("format", to, FORMATS)
-    missing = [package for package in ONNX_PACKAGES if find_spec(package) is None]
+    missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
     if to == "onnx" and missing:
         raise InputError(f"to export to onnx, more packages are needed: pip install {' '.join(missing)}")
-    size = chosen_size(sides, opened)
-    if not features:
-        return export(opened.model, size, to, target)
-    if not isinstance(opened.model, MetaFormer):
+    size, model = chosen_size(sides, opened), opened.model
+    if features and not isinstance(model, MetaFormer):
         raise InputError(f"{opened.name} is not a MetaFormer: export it without --features")
-    levels = FeatureGetterNet(opened.model, out_indices=len(opened.model.stages))
-    return export(levels.eval(), size, to, target)
+    model = FeatureGetterNet(model, out_indices=len(model.stages)).eval() if features else model
+    return export(model, size, to, target)
 
 
 def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
@@ -111,7 +106,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
         reason = textwrap.shorten(str(error), 200)
         raise InputError(f"PyTorch cannot export this {type(backbone).__name__} to {to}: {reason}") from error
     draw = torch.Generator().manual_seed(0)
-    tested = [torch.randn(batch, channels, *size, generator=draw) for size in sizes for batch in BATCHES]
+    tested = [torch.randn(batch, channels, *size, generator=draw) for size in sizes for batch in (1, 3)]
     with torch.inference_mode():
         errors = [largest_error(exported(images), as_tuple(model(images))) for images in tested]
     error = torch.tensor(errors).max().item()  # unlike Python's max(), this propagates NaN
@@ -120,8 +115,8 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     write_file(target, content)
     takes = f"height, width) from {smallest} pixels a side" if varies else f"{size[0]}, {size[1]})"
     return (
-        f"images (batch, {channels}, {takes}; largest relative error {error:.1e} with batches of "
-        f"{' and '.join(map(str, BATCHES))} at {' and '.join(map(text, sizes))} pixels"
+        f"images (batch, {channels}, {takes}; largest relative error {error:.1e} with batches of 1 and 3 at "
+        f"{' and '.join(map(text, sizes))} pixels"
     )
 
 
