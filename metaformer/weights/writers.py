@@ -121,7 +121,7 @@ def write_transformers_folder(opened: Opened, folder: Path) -> list[str]:
             padding=[conv.padding[0] for conv in convs],
             num_encoder_blocks=len(convs),
             architectures=["PoolFormerForImageClassification"],
-            mlp_ratio=opened.model_args.get("mlp_ratio", 4.0),
+            mlp_ratio=opened.model_args.get("mlp_ratio") or 4.0,
             use_layer_scale="stages.0.blocks.0.layer_scale1" in weights,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
