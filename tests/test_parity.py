@@ -4,6 +4,8 @@ The recipe and the training loop of the official code are compared with a clone 
 """
 
 import json
+import re
+import subprocess
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -20,7 +22,8 @@ from torch.func import functional_call
 
 from conftest import ROOT, TINY
 from metaformer import convert
-from metaformer.analysis import official, parity
+from metaformer.analysis import parity
+from metaformer.records.schema import Clone
 from metaformer.training.batches import seed_everything
 from metaformer.training.config import CONFIGS, Config, load_config
 from metaformer.training.distributed import Processes
@@ -36,7 +39,7 @@ def test_cutmix_boxes_lose_the_odd_pixel_of_todays_timm():
     odd = 0
     for number, lam in enumerate(rng.random(300)):
         boxes = []
-        for box in (official.pinned_box, rand_bbox):
+        for box in (parity.pinned_box, rand_bbox):
             np.random.seed(number)
             boxes.append(np.array(box((3, 37, 37), lam)))
         is_odd = int(37 * np.sqrt(1 - lam)) % 2
@@ -57,7 +60,7 @@ def test_mixing_gives_the_values_of_fast_collate_mixup(mode):
         np.random.seed(number)
         mixed, targets = Mixing(37, **options)(images, labels)
         np.random.seed(number)
-        with patch("timm.data.mixup.rand_bbox", official.pinned_box):
+        with patch("timm.data.mixup.rand_bbox", parity.pinned_box):
             expected = FastCollateMixup(**options)(list(zip(images.numpy().copy(), labels.tolist(), strict=True)))
         assert torch.equal(mixed, expected[0].float())
         assert torch.equal(targets, expected[1])
@@ -115,6 +118,28 @@ def test_a_model_that_computes_something_else_is_found(error, monkeypatch):
     for row in rows:
         assert row["difference"] == pytest.approx(error, rel=1e-3, abs=row["tolerance"])
         assert (row["difference"] > row["tolerance"]) == bool(error)
+
+
+def test_what_is_not_a_number_differs_most():
+    one, none = torch.ones(2), torch.full((2,), torch.nan)
+    assert parity.relative({"a": one, "b": none}, {"a": one, "b": one}) == torch.inf
+    assert parity.relative({"a": one, "b": one}, {"a": one, "b": none}) == torch.inf
+    assert parity.compared("recipe", "pixels", none.max())["difference"] == torch.inf
+
+
+@pytest.mark.parametrize("is_clone", [True, False])
+def test_an_archive_in_a_repository_of_the_user_has_no_commit(is_clone, tmp_path, monkeypatch):
+    (tmp_path / "official/models").mkdir(parents=True)
+    (tmp_path / "official/train.py").touch()
+    repository = tmp_path / "official" if is_clone else tmp_path
+    for words in ("init", "-c user.name=a -c user.email=a commit --allow-empty --message a"):
+        subprocess.run(["git", "-C", repository, *words.split()], check=True, capture_output=True)
+    for name, value in (("MODELS", {}), *((f"compare_{name}", lambda *_: []) for name in ("recipe", "trajectory"))):
+        monkeypatch.setattr(parity, name, value)
+    monkeypatch.setattr(parity, "load_official", lambda clone: None)
+    monkeypatch.setattr(parity, "departures", lambda trajectories: [])
+    said = str(Clone(**parity.measure(tmp_path / "official")["official"]))
+    assert re.fullmatch(r"commit [0-9a-f]{40} with local changes" if is_clone else "commit unknown", said)
 
 
 def test_the_status_tells_whether_anything_differs(monkeypatch, command, tmp_path):

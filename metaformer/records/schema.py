@@ -330,7 +330,7 @@ class Clone(Part):
     uncommitted_changes: bool
 
     def __str__(self) -> str:
-        return f"commit {self.commit}{' with local changes' if self.uncommitted_changes else ''}"
+        return f"commit {self.commit or 'unknown'}{' with local changes' if self.uncommitted_changes else ''}"
 
 
 class Compared(Part):
