@@ -3,9 +3,10 @@
     python analysis/loader.py --data-dir FOLDER [--config FILE] [--workers N] [--images N] [--rounds N]
         [--consume IMAGES_PER_S] [--record FILE]
 
-The loader is the one that classification/train.py builds for the config. Normalisation, random erasing, Mixup and
-CutMix are not part of it: training applies them to whole batches on the device. The pictures are the same in all rounds
-and come from the system's file cache, so that the speed of a disk or network must be measured separately.
+The loader is the one that classification/train.py builds for the config with data_in_memory=false. Normalisation,
+random erasing, Mixup and CutMix are not part of it: training applies them to whole batches on the device. The pictures
+are the same in all rounds and come from the system's file cache, so that the speed of a disk or network must be
+measured separately.
 """
 
 import argparse
@@ -39,12 +40,8 @@ def main() -> None:
     add("--workers", type=int, default=1, metavar="N", help="loader processes (default: %(default)s)")
     add("--images", type=int, default=500, metavar="N", help="pictures in a round, at most (default: %(default)s)")
     add("--rounds", type=int, default=5, metavar="N", help="rounds, of which medians are taken (default: %(default)s)")
-    add(
-        "--consume",
-        type=float,
-        metavar="IMAGES_PER_S",
-        help="images/s that the devices of a node consume; prints the number of workers that deliver as many",
-    )
+    consumed = "images/s that the devices of a node consume; prints the number of workers that deliver as many"
+    add("--consume", type=float, metavar="IMAGES_PER_S", help=consumed)
     add("--record", type=Path, metavar="FILE", help="write a JSON record to this file")
     options = parser.parse_args()
     if min(options.workers, options.images, options.rounds) < 1:
@@ -52,6 +49,7 @@ def main() -> None:
     if options.consume is not None and not 0 < options.consume < math.inf:
         raise InputError(f"--consume is {options.consume:g}: give the images/s that the devices take, above 0")
     folder = {"dataset": "", "data_dir": options.data_dir, "dataset_args": {}, "num_classes": None}
+    folder |= {"data_in_memory": False, "bad_pictures": "stop"}
     config = load_config([options.config]).model_copy(update=folder)
     torch.set_num_threads(1)  # as in a process of the loader
     record = {**measure(config, options.workers, options.images, options.rounds), **provenance()}

@@ -1,6 +1,7 @@
 """The training loader's speed: the arithmetic, the record, and wrong input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -151,6 +152,19 @@ def test_record(jpegs, tmp_path, measure):
     (row,) = speed.loader(Measured(tmp_path / "results")).rows
     assert (row["decoder"], str(row["workers"])) == ("pillow", "2")
     assert row["whole loader, images/s per worker"].value == rate
+
+
+def test_the_loader_decodes_whatever_the_config_does(jpegs, tmp_path, measure):
+    """Pictures of several sizes cannot be in memory; a damaged one has no size."""
+    config = tmp_path / "config.yaml"
+    arguments = ["--config", config, "--images", 4, "--rounds", 1]
+    config.write_text(f"img_size: {SIDE}\ndata_in_memory: true\ntrain_interpolation: bilinear\n")
+    assert measure("--data-dir", jpegs, *arguments)[0] == 0
+    config.write_text(f"img_size: {SIDE}\nbad_pictures: skip\n")
+    damaged = shutil.copytree(jpegs, tmp_path / "damaged") / "train/a/00.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    status, _, error = measure("--data-dir", tmp_path / "damaged", *arguments[:2])
+    assert (status, "00.jpg" in error, error.count("\n")) == (2, True, 1)
 
 
 def test_needed_workers_are_rounded_up(jpegs, monkeypatch, measure):
