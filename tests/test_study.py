@@ -210,6 +210,7 @@ def test_runs_are_spread_over_the_gpus(monkeypatch):
         (["--rows", "pool4"], "rows.0 is 'pool4' in the command line and "),
         (["--seeds", "-1"], "seeds.0 is -1 in the command line and "),
         (["--at-once", "0"], "--at-once 0"),
+        (["--at-once", "2", "--partition", "gpu"], "argument --partition: not allowed with argument --at-once"),
         (["--data-dir", "nowhere"], "there is no data folder nowhere"),
         (["--partition", "gpu"], "there is no Slurm on this machine"),
     ],
@@ -217,9 +218,9 @@ def test_runs_are_spread_over_the_gpus(monkeypatch):
 def test_wrong_arguments(arguments, says, study, data, monkeypatch, capsys):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     assert ablated(study(), data, *arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {says}")
-    assert error.count("\n") == 1
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert not usage or usage[0].startswith("usage: ")
+    assert error.removeprefix("ablate.sh: ").startswith(f"error: {says}")
 
 
 def test_wrong_studies(study, data, tmp_path, capsys):
