@@ -30,15 +30,11 @@ def report(name: str, counted: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="a name that timm knows, or a config of mmdet or mmseg")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="side, or height and width, of the image (default: the model's own; 800 1280 for mmdet, 512 for mmseg)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a name that timm knows, or a config of mmdet or mmseg")
+    sizes = "side, or height and width, of the image (default: the model's own; 800 1280 for mmdet, 512 for mmseg)"
+    add("--size", type=int, nargs="+", metavar="PIXELS", help=sizes)
+    add("--json", action="store_true", help="print the counts as JSON")
     options = parser.parse_args()
     counted = count(options.model, size_of(options.size) if options.size else None)
     print(json.dumps(counted, indent=2) if options.json else report(options.model, counted))

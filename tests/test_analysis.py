@@ -21,7 +21,7 @@ import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
-from timm.models import _registry
+from timm.models import PretrainedCfg, _registry
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -92,7 +92,7 @@ def test_macs_of_configs_equal_those_of_torchs_counter(config, monkeypatch):
     path = str(ROOT / "configs" / config)
     counted = count.count(path, (128, 96))
     model, size = count.build_config(path, (128, 96))
-    assert size == (128, 96)
+    assert size == (3, 128, 96)
     images = torch.zeros(1, 3, 128, 96, device="meta")
     assert macs_of_matrices(counted) == macs_by_torch(model.to("meta"), images)
     built = Config.fromfile(path)
@@ -183,14 +183,18 @@ def test_attention_of_shared_keys_and_narrow_values_is_counted():
 @pytest.mark.parametrize(("given", "size"), [(None, (256, 256)), ((512, 512), (512, 512))])
 def test_models_that_compute_with_their_weights_as_they_are_built(given, size):
     model, found = count.build_timm("swinv2_tiny_window8_256", given)
-    assert model.patch_embed.img_size == found == size
+    assert (3, *model.patch_embed.img_size) == found == (3, *size)
 
 
-def test_a_model_that_a_user_has_registered(monkeypatch):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1))
+@pytest.mark.parametrize("shape", [None, (1, 28, 20)])
+def test_a_model_that_a_user_has_registered(shape, monkeypatch):
+    channels, height, width = shape or (3, 224, 224)
+    model = nn.Sequential(nn.Conv2d(channels, 4, 1), nn.AdaptiveAvgPool2d(1))
     monkeypatch.setitem(_registry._model_entrypoints, "my_model", lambda **_: model)
+    if shape:
+        monkeypatch.setitem(_registry._model_pretrained_cfgs, "my_model", PretrainedCfg(input_size=shape))
     counted = count.count("my_model")
-    assert (counted["size"], counted["macs"]["conv"]) == ([224, 224], 3 * 4 * 224**2)
+    assert (counted["size"], counted["macs"]["conv"]) == ([height, width], channels * 4 * height * width)
 
 
 def test_a_count_is_kept_until_the_definition_changes(tmp_path, monkeypatch):

@@ -18,14 +18,14 @@ PVT_LAYERS = {
 }
 """Blocks of each stage (arXiv 2102.12122, Table 1)."""
 SWIN_MIXERS = {
-    "swin_mixer_tiny_d24_256": (256, {"embed_dim": 96, "num_heads": (4, 8, 16, 32), "window_size": 8}),
-    "swin_mixer_tiny_d6_256": (256, {"embed_dim": 96, "num_heads": (16, 32, 64, 128), "window_size": 8}),
-    "swin_mixer_base_d24_224": (
-        224,
-        {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "window_size": 7},
-    ),
+    "swin_mixer_tiny_d24_256": (256, {"embed_dim": 96, "num_heads": (4, 8, 16, 32)}),
+    "swin_mixer_tiny_d6_256": (256, {"embed_dim": 96, "num_heads": (16, 32, 64, 128)}),
+    "swin_mixer_base_d24_224": (224, {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}),
 }
-"""Side of the image and arguments, as in configs/swinmlp of github.com/microsoft/Swin-Transformer."""
+"""Side of the image and arguments, as in configs/swinmlp of github.com/microsoft/Swin-Transformer.
+
+The side of a window is that of the last stage's map.
+"""
 
 default_cfgs = generate_default_cfgs(
     {name: {"input_size": (3, 224, 224), "fixed_input_size": True} for name in ("resmlp_big_24_16_224", *PVT_LAYERS)}
@@ -36,16 +36,9 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def resmlp_big_24_16_224(img_size: int = 224, num_classes: int = 1000, **_: Any) -> nn.Module:
     """ResMLP-B24 with patches of 16 pixels (arXiv 2105.03404, Table 3); timm's ``resmlp_big_24_224`` has 8."""
-    return MlpMixer(
-        num_classes=num_classes,
-        img_size=img_size,
-        patch_size=16,
-        num_blocks=24,
-        embed_dim=768,
-        mlp_ratio=4,
-        block_layer=partial(ResBlock, init_values=1e-6),
-        norm_layer=Affine,
-    )
+    block = partial(ResBlock, init_values=1e-6)
+    arguments = {"patch_size": 16, "num_blocks": 24, "embed_dim": 768, "mlp_ratio": 4, "norm_layer": Affine}
+    return MlpMixer(num_classes, img_size, block_layer=block, **arguments)
 
 
 class PVT(nn.Module):
@@ -85,7 +78,7 @@ def window_mlp(block: SwinTransformerBlock, x: Tensor) -> Tensor:
 def swin_mixer(name: str, img_size: int | None = None, num_classes: int = 1000, **_: Any) -> nn.Module:
     """Swin-Mixer, Swin with :func:`window_mlp` in place of attention (arXiv 2103.14030, Table 10)."""
     side, arguments = SWIN_MIXERS[name]
-    model = SwinTransformer(img_size=img_size or side, num_classes=num_classes, **arguments)
+    model = SwinTransformer(img_size=img_size or side, num_classes=num_classes, window_size=side // 32, **arguments)
     for block in chain.from_iterable(stage.blocks for stage in model.layers):
         positions = block.attn.num_heads * block.window_area
         block.attn = nn.Conv1d(positions, positions, 1, groups=block.attn.num_heads)

@@ -62,8 +62,8 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
         InputError: the model or config does not exist or does not take this size, or the model of a config needs more
             than images or has other second stages than Faster and Mask R-CNN.
     """
-    network, size = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
-    analysis = FlopCountAnalysis(network.eval().to("meta"), torch.zeros(1, 3, *size, device="meta"))
+    network, (channels, *size) = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
+    analysis = FlopCountAnalysis(network.eval().to("meta"), torch.zeros(1, channels, *size, device="meta"))
     analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     try:
@@ -75,7 +75,7 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
         raise InputError(f"cannot count {model} at {size[0]} x {size[1]} pixels: {COUNTED} ({reason})") from error
     named = dict(network.named_parameters())
     return {
-        "size": list(size),
+        "size": size,
         "learnable": sum(p.numel() for p in named.values() if p.requires_grad),
         "frozen": sum(p.numel() for p in named.values() if not p.requires_grad),
         "layer_scale": sum(p.numel() for name, p in named.items() if "layer_scale" in name),
@@ -118,7 +118,8 @@ def size_of(given: list[int]) -> Size:
     return given[0], given[-1]
 
 
-def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
+def build_timm(name: str, size: Size | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model, and the channels, height and width of its images."""
     try:
         with init_empty_weights():  # on the meta device, where initialisation takes no time
             network = create(name, None, {})
@@ -127,10 +128,11 @@ def build_timm(name: str, size: Size | None) -> tuple[nn.Module, Size]:
     settings = timm.get_pretrained_cfg(name) or PretrainedCfg()  # a model of a user may have none
     if size and settings.fixed_input_size:
         network = create(name, None, {"img_size": size})
-    return network, size or settings.input_size[1:]
+    channels, *own = settings.input_size
+    return network, (channels, *(size or own))
 
 
-def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
+def build_config(path: str, size: Size | None) -> tuple[nn.Module, tuple[int, int, int]]:
     # Imported here, because counting classifiers does not need the toolboxes.
     from metaformer.mm.config import build_model, read_config
 
@@ -139,7 +141,7 @@ def build_config(path: str, size: Size | None) -> tuple[nn.Module, Size]:
         model = build_model(config)
     if hasattr(model, "roi_head"):
         model.forward = partial(two_stages, model)
-    return model, size or DEFAULT_SIZES[config.default_scope]
+    return model, (3, *(size or DEFAULT_SIZES[config.default_scope]))
 
 
 def two_stages(detector: nn.Module, images: Tensor) -> Any:
