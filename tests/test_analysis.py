@@ -409,7 +409,7 @@ def test_paper_yaml_names_its_sources_and_recalls_nothing():
             for source in sum((e.get("source", []) for e in [row, *explanations]), row.get("xcheck", [])):
                 assert source.partition(" ")[0] in PAPER["sources"], (name, row)
             for explanation in explanations:
-                checked = not explanation.get("as", "counted").startswith("counted")
+                checked = not str(explanation["as"]).startswith("counted")
                 assert explanation.get("source") or checked, row
 
 
@@ -479,6 +479,14 @@ def test_verdicts(printed, explained, kind, monkeypatch):
     assert Decimal(str(cell["counted"])) == round(Decimal("12.346"), digits)
     assert Decimal(str(cell["difference"])) == round(Decimal("12.346") - Decimal(str(printed)), digits)
     assert str(cell["difference"]).startswith(("+", "-"))
+
+
+@pytest.mark.parametrize(("rate", "kind"), [(4e-4, "equal"), (4e-3, "explained"), (4e-2, "unexplained")])
+def test_another_setting_than_the_explained_one_is_unexplained(rate, kind, monkeypatch):
+    own = tables.recipe
+    monkeypatch.setattr(tables, "recipe", lambda size: {**own(size), "peak_lr": rate})
+    rows = {row["setting"]: row for row in tables.table6(None).rows}
+    assert (rows["peak_lr"]["verdict"].kind, rows["auto_augment"]["verdict"].kind) == (kind, "explained")
 
 
 def test_half_is_rounded_up_on_exact_numbers(monkeypatch):

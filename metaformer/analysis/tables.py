@@ -35,9 +35,12 @@ def cells(columns: dict[str, str], table: str, row: Row, measured: Measured) -> 
             return told and Number(told["top1"] if isinstance(told, dict) else told, 2)
         if kind == "spread":
             return spread(row[key], 2) if key in row else None
-        pair = accuracy(table, row, key, measured)
-        printed = pair.paper and pair.paper._replace(unit="".join(options))
-        return {"accuracy": pair, "printed": printed, "here": pair.here}[kind]
+        if key not in row:  # an accuracy that the paper does not print
+            return Pair() if kind == "accuracy" else None
+        metric = paper()[table]["metrics"][key]  # its name in records
+        printed, here = as_printed(row[key]), measured.accuracy(row["build"], metric, row.get("epochs", 300))
+        shown = {"accuracy": Pair(printed, here), "printed": printed._replace(unit="".join(options)), "here": here}
+        return shown[kind]
 
     found = {}
     for heading, column in columns.items():
@@ -45,14 +48,6 @@ def cells(columns: dict[str, str], table: str, row: Row, measured: Measured) -> 
         parts = {f"{heading} ({part})": of for part, of in value.items()} if isinstance(value, dict) else {}
         found |= parts or {heading: value}
     return found
-
-
-def accuracy(table: str, row: Row, column: str, measured: Measured) -> Pair:
-    """A printed accuracy beside the measured one, whose name in records paper.yaml gives as ``metrics``."""
-    if column not in row:
-        return Pair()
-    here = measured.accuracy(row.get("build"), paper()[table]["metrics"][column], row.get("epochs", 300))
-    return Pair(as_printed(row[column]), here)
 
 
 def by_columns(table: str, measured: Measured) -> Table:
@@ -64,17 +59,14 @@ def table6(measured: Measured) -> Table:
     recipes = [recipe(name) for name in ("s12", "s24", "s36", "m36", "m48")]
     rows = []
     for row in rows_of("table6"):
-        printed, setting = row["printed"], row["setting"]
-        if setting is None:
-            here, same = row["here"], printed in (0, "off")
-        else:
-            values = [settings[setting] for settings in recipes]
-            same = values in (printed, [printed] * len(recipes))  # one for each model, or for all
-            here = values[0] if all(value == values[0] for value in values) else values
-        if same:
+        printed, setting, explanation = row["printed"], row["setting"], row.get("explained")
+        values = [settings[setting] if setting else row["here"] for settings in recipes]
+        here = values[0] if all(value == values[0] for value in values) else values
+        off = setting is None and printed in (0, "off")
+        if off or values in (printed, [printed] * len(recipes)):  # one for each model, or for all
             verdict = Verdict("equal", row.get("note", ""))
         else:
-            verdict = explained(row["explained"]) if "explained" in row else Verdict("unexplained")
+            verdict = explained(explanation) if explanation and here == explanation["as"] else Verdict("unexplained")
         cells = {"hyper-parameter": row["name"], "setting": setting, "paper": in_words(printed)}
         rows.append({**cells, "configs": in_words(here), "verdict": verdict})
     return table_of("table6", rows)
