@@ -778,6 +778,27 @@ def test_a_run_of_another_recipe_is_named_and_not_averaged(root):
     assert second == "81.0 (best.pt, layer_decay=0.7, lr=0.001, opt_eps=0.1, pretrained=True)"
 
 
+def test_runs_of_a_baseline_are_averaged_where_the_recipe_is_the_same(root):
+    own = load_config([str(ROOT / "configs/classification/imagenet.yaml")]).model_dump(mode="json")
+    settings = {"img_size": 224, "crop_pct": 0.95}
+    for i, changes in enumerate([{}, {}, {"lr": 0.1}, {"train_split": "val"}]):
+        training = {**own, "model": "resnet18", **changes}
+        put(root, str(i), evaluation("resnet18", 70.0 + i, sha256=64 * str(i), training=training, settings=settings))
+    shown = str(measured.Measured(root / "analysis/results").accuracy("resnet18", "top1"))
+    assert re.fullmatch(
+        r"70\.5 ± .* of 2 runs \(best\.pt\); 72\.0 \(best\.pt, lr=0\.1\); 73\.0 \(.*train_split=val\)", shown
+    )
+
+
+def test_weights_of_timm_are_shown_in_the_row_of_their_model(root):
+    for i, tag in enumerate(("", ".a2_in1k")):
+        of = {"model": f"resnet50{tag}", "file": f"resnet50{tag}", "sha256": None, "training": None}
+        put(root, str(i), evaluation(top1=79.0 + i, settings={"img_size": 224, "crop_pct": 0.95}, **of))
+    found = measured.Measured(root / "analysis/results")
+    assert found.problems == []
+    assert str(found.accuracy("resnet50", "top1")) == "79.0 (resnet50); 80.0 (resnet50.a2_in1k)"
+
+
 def test_sizes_without_objects_have_no_accuracy(root):
     put(root, "det", detection({"coco/bbox_mAP": 0.371, "coco/bbox_mAP_s": -1.0}))
     found = measured.Measured(root / "analysis/results")

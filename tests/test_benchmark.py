@@ -395,6 +395,19 @@ def unequal() -> list[dict]:
     return cells
 
 
+def test_models_of_ours_that_no_table_of_the_paper_has_are_shown(tmp_path):
+    of = [{**record()["cells"][0], "model": name} for name in ("metaformer_s12_nolayerscale", "metaformer_s12_pool4")]
+    found = measured(tmp_path, record(cells=of[:1]), record(cells=of[1:]))
+    assert speed.speed(found).rows[0]["model"] == "metaformer_s12_nolayerscale"
+    (problem,) = found.problems
+    assert "there is no model 'metaformer_s12_pool4' (did you mean 'metaformer_s12_pool" in problem
+
+
+def test_a_bar_in_a_reason_does_not_end_the_cell():
+    rows = [{"openvino": "TypeError: int | None", "task": "training"}]
+    assert r"| TypeError: int \| None | training |" in cells.markdown(rows)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -1,16 +1,16 @@
 """Read the records of analysis/results/ and check them against the table rows in which they appear."""
 
 import json
-import math
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from scipy.stats import sem
 from timm import get_pretrained_cfg
 
-from metaformer.analysis.cells import Mean, Measurement, Row
+from metaformer.analysis.cells import Mean, Measurement
 from metaformer.analysis.count import ROOT
 from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
@@ -18,7 +18,7 @@ from metaformer.records import Benchmark, Record, Training, read_record
 from metaformer.records.schema import Classification, Detection, Evaluation, Segmentation
 from metaformer.records.statistics import Results, student
 from metaformer.training.config import CONFIGS, load_config, read_yaml
-from metaformer.variants import ABLATIONS
+from metaformer.variants import ABLATIONS, VARIANTS
 from metaformer.weights.opener import INPUTS
 
 EXECUTION = {"epochs", "seed", "data_dir", "device_batch", "precision", "expected_top1"}
@@ -33,34 +33,30 @@ class Measured:
 
     def __init__(self, folder: Path):
         self.records: dict[str, list[Record]] = defaultdict(list)
-        self.studies: dict[str, Results] = {}
         self.problems: list[str] = []
-        runs: dict[str, list[Training]] = defaultdict(list)
+        runs: dict[str, dict[tuple[str, int], Training]] = defaultdict(dict)
         for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*/*.json")):
             try:
                 record = read_record(path)
-                if isinstance(record, Training) and record.settings.study:
-                    runs[record.settings.study].append(record)
-                    continue
                 check_record(record, path)
-                if record in self.records[record.kind]:
+                if isinstance(record, Training) and (study := record.settings.study):
+                    if runs[study].setdefault((record.settings.row, record.seed), record) is not record:
+                        raise InputError(f"{path} is a second record of its row and seed: remove one")
+                elif record in self.records[record.kind]:
                     raise InputError(f"{path} duplicates a record of another name: remove one")
-                self.records[record.kind].append(record)
+                else:
+                    self.records[record.kind].append(record)
             except InputError as error:
                 self.problems.append(str(error))
         for kind, records in self.records.items():
             self.records[kind] = latest(sorted(records, key=lambda record: record.date))
-        for name, records in sorted(runs.items()):
-            try:
-                self.studies[name] = Results(name, records)
-            except InputError as error:
-                self.problems.append(str(error))
+        self.studies = {name: Results(name, list(of.values())) for name, of in sorted(runs.items())}
 
     def of_model(self, kind: str, build: str) -> list[Record]:
         """Records of a kind about a model of paper.yaml, oldest first."""
-        return [record for record in self.records[kind] if record.model == key_of(build)]
+        return [record for record in self.records[kind] if key_of(record.model) == key_of(build)]
 
-    def accuracy(self, build: str | None, metric: str, epochs: int = 300) -> Measurement:
+    def accuracy(self, build: str, metric: str, epochs: int = 300) -> Measurement:
         """The evaluations of a model that was trained for ``epochs``, in percent, by the weights' file.
 
         Args:
@@ -68,14 +64,14 @@ class Measured:
         """
         by_file: dict[str, list[float]] = defaultdict(list)
         for kind in ("classification", "detection", "segmentation"):
-            for record in self.of_model(kind, build) if build else []:
+            for record in self.of_model(kind, build):
                 value = dict(record.metrics).get(metric, -1)
                 if epochs_of(record) == epochs and value >= 0:
                     by_file[source_of(record)].append(100 * value if metric.startswith("coco/") else value)
         texts = []
         for file, values in by_file.items():
             number, differ = len(values), len(set(values)) > 1
-            margin = student(0, stdev(values) / math.sqrt(number), number - 1).high if differ else None
+            margin = student(0, sem(values), number - 1).high if differ else None
             runs = f"{' (95 %)' if differ else ''} of {number} runs" if number > 1 else ""
             texts.append(f"{Mean(mean(values), margin)}{runs} ({file})")
         return Measurement("; ".join(texts) or None)
@@ -100,24 +96,21 @@ def epochs_of(record: Evaluation) -> int:
 
 
 def source_of(record: Evaluation) -> str:
-    """The weights' file, and the settings in which the run that trained them departs from the config of its model."""
+    """The weights' file, and the settings in which the run that trained them departs from the config of its model.
+
+    Baselines have no config of their own and are compared with the recipe of all models.
+    """
     file = record.checkpoint.file if record.checkpoint else "no checkpoint"
-    config = CONFIGS.parent / ("ablations" if record.model in ABLATIONS else "classification") / f"{record.model}.yaml"
-    if not isinstance(record, Classification) or not record.training or not config.is_file():
+    if not isinstance(record, Classification) or not record.training:
         return file
+    model = key_of(record.model)
+    config = CONFIGS.parent / ("ablations" if model in ABLATIONS else "classification") / f"{model}.yaml"
+    config = config if config.is_file() else CONFIGS / "imagenet.yaml"
     given = record.training.model_dump()
-    defaults = {"pretrained", "checkpoint", "lr", "opt_eps", "opt_betas", "layer_decay"}
+    defaults = {"train_split", "pretrained", "checkpoint", "drop_path", "lr", "opt_eps", "opt_betas", "layer_decay"}
     recipe = {**load_config([str(config)]).model_dump(mode="json", include=defaults), **read_yaml(config)}
     compared = sorted(recipe.keys() & given.keys() - EXECUTION)
     return ", ".join([file, *(f"{key}={given[key]}" for key in compared if given[key] != recipe[key])])
-
-
-def place_of(model: str, path: Path) -> tuple[str, Row]:
-    """The first table that has a model, and its row; Table 5 repeats the baseline of Table 2."""
-    places = {key_of(row["build"]): (table, row) for table in reversed(BUILT) for row in rows_of(table)}
-    if model not in places:
-        raise InputError(f"{path}: model {model!r} is in no table{nearest(model, places)}")
-    return places[model]
 
 
 def check_record(record: Record, path: Path) -> None:
@@ -127,12 +120,18 @@ def check_record(record: Record, path: Path) -> None:
     elif isinstance(record, Evaluation | Training):
         check_row(record, path)
     for cell in record.cells if isinstance(record, Benchmark) else []:
-        place_of(cell.model, path)
+        if cell.model not in VARIANTS:
+            raise InputError(f"{path}: there is no model {cell.model!r}{nearest(cell.model, VARIANTS)}")
 
 
 def check_row(record: Evaluation | Training, path: Path) -> None:
     """Raise an ``InputError`` if a record's model, data set or input differs from that of its row in the paper."""
-    table, row = place_of(record.model, path)
+    model = key_of(record.model)
+    # Table 5 repeats the baseline of Table 2, and the first table counts.
+    places = {key_of(row["build"]): (table, row) for table in reversed(BUILT) for row in rows_of(table)}
+    if model not in places:
+        raise InputError(f"{path}: model {record.model!r} is in no table{nearest(model, places)}")
+    table, row = places[model]
     data = paper()[table]["data"]
     fields: dict[str, tuple[Any, Any]] = {}  # found and expected
     if isinstance(record, Evaluation):
@@ -153,7 +152,7 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
     for part, own in test_settings(row["build"]).items() if isinstance(record, Detection | Segmentation) else []:
         if record.settings.get(part) != own:
             raise InputError(f"{path}: settings.{part} is not that of {row['build']}: test without --tta or changes")
-    known = sorted({300, *(of["epochs"] for of in rows_of("table7") if of["build"] == record.model)})
+    known = sorted({300, *(of["epochs"] for of in rows_of("table7") if of["build"] == model)})
     if isinstance(record, Evaluation) and epochs_of(record) not in known:
         raise InputError(f"{path}: training.epochs is {epochs_of(record)}, but the paper has {known} for this model")
 

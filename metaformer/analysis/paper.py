@@ -44,9 +44,9 @@ def rows_of(table: str) -> list[dict[str, Any]]:
     return paper()[table]["rows"]
 
 
-def key_of(build: str) -> str:
-    """The name of a model in records: timm's name, or the name of a config without folder and suffix."""
-    return Path(build).stem if build.endswith(".py") else build
+def key_of(model: str) -> str:
+    """A model of paper.yaml or of a record without a config's folder and suffix, or timm's tag of the weights."""
+    return Path(model).stem if model.endswith(".py") else model.partition(".")[0]
 
 
 def counted_value(build: str, column: str) -> Decimal:

@@ -63,13 +63,13 @@ class Judgement(NamedTuple):
 
 
 class Results:
-    """The runs of the study ``name``.
+    """The runs of the study ``name``, one for each row and seed.
 
     ``runs`` has the columns row, seed, top1 (in percent) and diverged. ``top1`` has a column for each row and an entry
     for each seed.
 
     Raises:
-        InputError: the study or a row does not exist, a record has another recipe or other data, or a run occurs twice.
+        InputError: the study or a row does not exist, or a record has another recipe or other data.
     """
 
     def __init__(self, name: str, records: list[Training]):
@@ -83,8 +83,6 @@ class Results:
             top1 = self.constants["chance"] if diverged else record.curve[-1].top1
             runs.append((record.settings.row, record.seed, top1, diverged))
         self.runs = pd.DataFrame(runs, columns=["row", "seed", "top1", "diverged"])
-        for row, seed in self.runs.loc[self.runs.duplicated(["row", "seed"]), ["row", "seed"]].itertuples(index=False):
-            raise InputError(f"{name} has two records of row {row}, seed {seed}: remove one")
         self.top1 = self.runs.pivot(index="seed", columns="row", values="top1")
 
     def terms(self, weights: Weights) -> tuple[pd.DataFrame, pd.Series, float]:
