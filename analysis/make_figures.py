@@ -17,16 +17,11 @@ OUT = Path(__file__).with_name("figures")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(FIGURES)
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"any of {names} and curves (default: {names})")
-    parser.add_argument(
-        "--runs",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="runs whose curves are drawn: run folders of classification/, or work dirs of mmdet or mmseg",
-    )
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="default: analysis/figures")
+    runs = "runs whose curves are drawn: run folders of classification/, or work dirs of mmdet or mmseg"
+    add = parser.add_argument
+    add("figures", nargs="*", metavar="FIGURE", help=f"any of {names} and curves (default: {names})")
+    add("--runs", nargs="+", type=Path, default=[], metavar="FOLDER", help=runs)
+    add("--out", type=Path, default=OUT, metavar="FOLDER", help="default: analysis/figures")
     options = parser.parse_args()
     for figure in options.figures:
         check_known("figure", figure, [*FIGURES, "curves"])

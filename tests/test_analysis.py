@@ -966,6 +966,12 @@ def test_curves_of_runs(run, command, tmp_path):
             figures.curves([damaged])
 
 
+def test_a_folder_that_cannot_be_written_is_named(command):
+    status, _, error = command("analysis/make_figures.py", "ablation", "--out", "/dev/null/figures")
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith("error: cannot write /dev/null/figures/ablation.png")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -493,11 +493,17 @@ def grown() -> dict:
 
 
 def test_growth_is_drawn_from_its_record(tmp_path, monkeypatch):
+    """Other precisions are not drawn, and of several forms and layouts the fastest is."""
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     measured(tmp_path, record())
     assert figures.growth() is None
     (tmp_path / "analysis").mkdir()
-    measured(tmp_path / "analysis", grown())
+    full = grown()
+    for cell in full["cells"]:
+        slower = [{**of, "seconds": [3 * each for each in of["seconds"]]} for of in cell["contestants"]]
+        cell["contestants"] += [{**of, "memory_format": "contiguous"} for of in slower]
+    full["cells"] += [{**cell, "precision": "bfloat16", "contestants": slower} for cell in full["cells"]]
+    measured(tmp_path / "analysis", full)
     panels = figures.growth().axes
     assert [len(axes.lines) for axes in panels] == [2] * 6
     batch, size, model, memory, *_ = panels
@@ -509,6 +515,18 @@ def test_growth_is_drawn_from_its_record(tmp_path, monkeypatch):
     assert [line.get_xdata().tolist() for line in size.lines] == [[96, 224, 384]] * 2
     assert [line.get_xdata().tolist() for line in model.lines] == [[0, 1, 2, 3, 4]] * 2
     assert memory.lines[0].get_ydata().tolist() == [0.5, 4, 32]
+
+
+def test_growth_of_an_ablation_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / "analysis").mkdir()
+    full = grown()
+    full["cells"].insert(0, {**full["cells"][0], "model": "metaformer_s12_bn"})
+    found = measured(tmp_path / "analysis", full)
+    assert found.problems == []
+    model = figures.growth().axes[5]
+    assert [label.get_text() for label in model.get_xticklabels()][4:] == ["M48", "METAFORMER_S12_BN"]
+    assert [line.get_xdata().tolist() for line in model.lines] == [[0, 1, 2, 3, 4, 5]] * 2
 
 
 def test_growth_varies_one_thing_at_a_time(tmp_path, monkeypatch, command):

@@ -147,27 +147,29 @@ def growth() -> Figure | None:
     grown = [record for record in records if POOLFORMERS.keys() <= {cell.model for cell in record.cells}]
     if not grown:
         return None
-    base, models = grown[-1].cells[0], list(POOLFORMERS)
+    base = grown[-1].cells[0]
+    models = list(dict.fromkeys([*POOLFORMERS, base.model]))
     axes_of = {
         "images in a batch": lambda cell: (cell.batch, (cell.model, cell.size)),
         "side of the images, pixels": lambda cell: (cell.size[0], (cell.model, cell.batch)),
         "model": lambda cell: (models.index(cell.model), (cell.batch, cell.size)),
     }
+    alike = [timing for cell in grown[-1].cells if cell.precision == base.precision for timing in timings(cell)]
     device = grown[-1].device(base)
     figure = Figure(figsize=(9.6, 6.2))
     panels = figure.subplots(2, 3, sharex="col", sharey="row")
     for (above, below), (title, place_of) in zip(panels.T, axes_of.items(), strict=True):
-        lines: dict[tuple[str, str], list[tuple[Any, float, float]]] = defaultdict(list)
-        for timing in timings(*grown[-1].cells):
+        lines: dict[tuple[str, str], dict[Any, tuple[float, float]]] = defaultdict(dict)
+        for timing in alike:
             place, others = place_of(timing.cell)
             if others == place_of(base)[1]:
-                of = timing.contestant
-                line = lines[column_of(of), timing.cell.task]
-                line.append((place, median(timing.images_per_s), (of.peak_bytes or math.nan) / 1e6))
+                point = median(timing.images_per_s), (timing.contestant.peak_bytes or math.nan) / 1e6
+                line = lines[column_of(timing.contestant), timing.cell.task]
+                line[place] = max(line.get(place, (0, 0)), point)  # the fastest form and layout, as in the table
         for (column, task), points in lines.items():
-            places, speeds, peaks = zip(*sorted(points), strict=True)
+            places = sorted(points)
             colour, dashes = COLOURS[4 if column.startswith("ours") else 1], "-" if task == "inference" else "--"
-            for axes, values in ((above, speeds), (below, peaks)):
+            for axes, values in zip((above, below), zip(*map(points.get, places), strict=True), strict=True):
                 axes.plot(places, values, dashes, color=colour, marker=".", label=f"{column}, {task}")
         below.set_xlabel(title)
     for axes, heading in zip(panels[:, 0], ("images/s", "peak memory, MB"), strict=True):
@@ -235,9 +237,9 @@ FIGURES: dict[str, Callable[[], Figure | None]] = {
 
 def save(figure: Figure, stem: str, out: Path) -> Iterator[Path]:
     """Write a figure as PNG and SVG."""
-    out.mkdir(parents=True, exist_ok=True)
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         path = out / f"{stem}.{kind}"
         with writing(path):
+            out.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
         yield path
