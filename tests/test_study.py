@@ -19,7 +19,7 @@ from metaformer.analysis import readme, studies
 from metaformer.analysis.cells import Table
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import rows_of
-from metaformer.records import Training, import_records, parse
+from metaformer.records import Training, import_records, parse, statistics
 from metaformer.records.statistics import Judgement, Results, holm, statements
 from metaformer.training import slurm
 from metaformer.training import study as ablate
@@ -407,7 +407,11 @@ def test_copies_of_the_data_that_differ_are_noted(monkeypatch):
     of = [records[0].data.model_copy(update={"train_sha256": name, "val_sha256": "v"}) for name in "abb"]
     known = [record.model_copy(update={"data": data}) for record, data in zip(records, of, strict=True)]
     noted = "cifar10: the runs read 2 copies of the data, whose files differ in name or size."
-    assert noted in studies.study_notes("cifar10", Results("cifar10", known))
+    found = Results("cifar10", known)
+    found.study.title, found.study.note = "A", "note of\ntwo lines."
+    about, *others = studies.study_notes("cifar10", found)
+    assert about == "cifar10: A. note of two lines."
+    assert noted in others
     alike_or_unknown = Results("cifar10", [records[0], *known[1:]])
     assert noted not in studies.study_notes("cifar10", alike_or_unknown)
 
@@ -432,14 +436,16 @@ def test_the_papers_own_figures_agree_with_its_conclusions():
     top1 = {row["row"]: row["top1"] for row in rows_of("table5")}
     top1 |= {"chance": 0.1, "point": 1.0}
     for statement in statements()["the paper"]:
-        for weights in statement["tests"]:
-            assert sum(weight * top1[name] for name, weight in weights.items()) > 0, statement["text"]
+        for weights in statement.tests:
+            assert sum(weight * top1[name] for name, weight in weights.items()) > 0, statement.text
 
 
-def test_statements_name_rows():
-    for statement in [*statements()["the paper"], *statements()["users"]]:
-        for weights in statement["tests"]:
-            assert weights.keys() <= {*ablate.ROWS, "chance", "point"}
+def test_a_statement_about_no_row_is_named(tmp_path, monkeypatch):
+    """It would never be run."""
+    monkeypatch.setattr(statistics, "STATEMENTS", tmp_path / "statements.yaml")
+    (tmp_path / "statements.yaml").write_text("users: [{text: a, tests: [{baseline: 1, identiy: -1}]}]")
+    with pytest.raises(InputError, match=r"users.0.tests.0.identiy.\[key\] is 'identiy' in .*: input should be 'base"):
+        statements.__wrapped__()
 
 
 def test_a_record_of_a_study_counts_when_it_is_done():

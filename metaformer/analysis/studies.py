@@ -56,7 +56,7 @@ def in_points(interval: Interval) -> Range:
 
 
 def study_notes(name: str, results: Results) -> Iterator[str]:
-    yield f"{name}: {results.study.title}. {results.study.note}"
+    yield f"{name}: {results.study.title}. {' '.join(results.study.note.split())}"
     yield cost_of(name, results)
     data = [record.data for record in results.records if record.data.train_sha256]
     if (copies := len({(of.train_sha256, of.val_sha256) for of in data})) > 1:
@@ -85,16 +85,16 @@ def judged(measured: Measured) -> Iterator[Row]:
     """A row for each statement about each study."""
     for name, results in measured.studies.items():
         listed = [(of, statement) for of, group in statements().items() for statement in group]
-        plain = [results.judge(statement["tests"]) for _, statement in listed]
+        plain = [results.judge(statement.tests) for _, statement in listed]
         for (of, statement), judgement, corrected in zip(listed, plain, holm(plain), strict=True):
             yield {
                 "study": name,
                 "of": of,
-                "statement": statement["text"],
+                "statement": statement.text,
                 "verdict": Verdict(judgement.verdict),
                 "after Holm": corrected,
-                "paired by seed": results.judge(statement["tests"], paired=True).verdict,
-                "tested": "; ".join(map(in_signs, statement["tests"], judgement.sums)),
+                "paired by seed": results.judge(statement.tests, paired=True).verdict,
+                "tested": "; ".join(map(in_signs, statement.tests, judgement.sums)),
             }
 
 

@@ -15,17 +15,17 @@ weighted sums of single seeds, for the seeds that all rows have. Holm's procedur
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
+from pydantic import BaseModel, RootModel
 from scipy import stats
 
 from metaformer.errors import InputError
 from metaformer.records.schema import Training
 from metaformer.training.checkpoints import MAY_CHANGE
-from metaformer.training.config import check
+from metaformer.training.config import check, read_yaml_mapping
 from metaformer.training.study import Study, read_study
 from metaformer.variants import ROWS
 
@@ -176,7 +176,14 @@ def check_recipe(name: str, study: Study, record: Training) -> None:
             )
 
 
+class Statement(BaseModel):
+    """A statement about the rows, which holds if all sums of its tests are above 0."""
+
+    text: str
+    tests: list[dict[Literal[(*ROWS, "chance", "point")], float]]
+
+
 @cache
-def statements() -> dict[str, list[dict[str, Any]]]:
-    """The statements, in one list for the paper's and one for those of users."""
-    return yaml.safe_load(STATEMENTS.read_text(encoding="utf-8"))
+def statements() -> dict[str, list[Statement]]:
+    """The statements, in one list for the paper's and one for those of users; ``InputError`` if one names no row."""
+    return check(read_yaml_mapping(STATEMENTS), str(STATEMENTS), RootModel[dict[str, list[Statement]]]).root
