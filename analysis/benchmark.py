@@ -37,9 +37,9 @@ import torch
 
 from metaformer.analysis import contestants
 from metaformer.analysis.benchmark import benchmark
+from metaformer.analysis.cells import markdown
 from metaformer.analysis.contestants import BEST, LAYOUTS, OTHERS, OURS, PRECISIONS, RUNTIMES, TASKS, Cell
 from metaformer.analysis.count import size_of
-from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import compared, place, timings
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import write_json, writing

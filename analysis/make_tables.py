@@ -11,10 +11,10 @@ import sys
 
 from tqdm import tqdm
 
+from metaformer.analysis.cells import FORMATS
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.outputs import TABLES, outputs
 from metaformer.analysis.paper import ROOT
-from metaformer.analysis.render import FORMATS
 from metaformer.errors import check_known, run_command
 from metaformer.provenance import write_file
 

@@ -10,8 +10,8 @@ GPU, data set or released weights are needed. Exits with status 1 if anything di
 import argparse
 from pathlib import Path
 
+from metaformer.analysis.cells import markdown
 from metaformer.analysis.parity import measure
-from metaformer.analysis.render import markdown
 from metaformer.analysis.speed import parity_rows
 from metaformer.errors import run_command
 from metaformer.provenance import provenance, write_json

@@ -16,15 +16,12 @@ from metaformer.records import import_records
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        type=Path,
-        metavar="RECORD_OR_FOLDER",
-        help="a record file (of benchmark.py, loader.py, validate.py); a run folder of classification/ (run.json and "
+    sources = (
+        "a record file (of benchmark.py, loader.py, validate.py); a run folder of classification/ (run.json and "
         "validation.json); an output folder of ablate.sh (run.json of every finished run); or a work dir of mmdet or "
-        "mmseg (result.json and training.json beside the logs)",
+        "mmseg (result.json and training.json beside the logs)"
     )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="RECORD_OR_FOLDER", help=sources)
     for target in import_records(parser.parse_args().sources, check=check_record):
         print(target)
 

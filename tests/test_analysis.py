@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT
 from metaformer import ABLATIONS, POOLFORMERS, InputError, open_checkpoint, records
-from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, report, tables
+from metaformer.analysis import count, figures, gradcam, measured, outputs, paper, tables
 from metaformer.analysis.baselines import window_mlp
 from metaformer.records.schema import without_machine_paths
 from metaformer.training.config import load_config
@@ -367,7 +367,7 @@ def test_curves_of_a_study_in_the_report():
             columns=["row", "seed", "top1", "diverged"],
         ),
     )
-    drawn = report.study("small", results)
+    drawn = outputs.curves("small", results)
     assert (drawn["low"], drawn["high"], drawn["last"]) == (20, 60, 3)
     baseline, identity = drawn["panels"]
     assert baseline["lines"] == baseline["baseline"] == identity["baseline"] == ["0.0,50.0 100.0,25.0 200.0,12.5"]

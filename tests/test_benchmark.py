@@ -18,7 +18,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaformer import InputError, records
-from metaformer.analysis import benchmark, contestants, figures, readme, render, speed
+from metaformer.analysis import benchmark, cells, contestants, figures, outputs, speed
 from metaformer.analysis.measured import Measured
 from metaformer.export import largest_error
 from metaformer.variants import POOLFORMERS
@@ -315,7 +315,7 @@ def test_a_record_fills_the_table(tmp_path):
     assert found.problems == []
     table = speed.speed(found)
     assert table.summary() == "speed: 10 rows; 6 measured, 4 not run"
-    csv = pd.read_csv(io.StringIO(render.render(table, "csv")), dtype=str)
+    csv = pd.read_csv(io.StringIO(cells.render(table, "csv")), dtype=str)
     assert csv["images/s per device"][6:].tolist() == ["not measured"] * 4
     rows = csv[:6].set_index(["task", "form"])
     ours = rows.loc["training", "fused"]
@@ -331,7 +331,7 @@ def test_a_record_fills_the_table(tmp_path):
     assert rows.loc["inference", "folded, compiled"]["times timm, compiled"] == "1.00 (0.50 to 2.00)"
     assert rows.loc["training", "fused"]["times timm, compiled"] == "-"
 
-    section = readme.sections({"speed": table}, found, complete=False)["README.md", "speed"].splitlines()
+    section = outputs.sections({"speed": table}, found, complete=False)["README.md", "speed"].splitlines()
     lines = [[cell.strip() for cell in line.split("|")[3:-1]] for line in section[2:]]
     assert [line[0] for line in lines] == ["inference", "inference, compiled", "training"]
     assert lines[2] == ["training", "1", "3.00", "3.00"]
@@ -341,7 +341,7 @@ def test_without_a_record_the_table_says_so(tmp_path):
     found = measured(tmp_path)
     table = speed.speed(found)
     assert table.summary() == "speed: 5 rows; 0 measured, 5 not run"
-    assert readme.sections({"speed": table}, found, complete=False) == {("README.md", "speed"): "Not measured yet."}
+    assert outputs.sections({"speed": table}, found, complete=False) == {("README.md", "speed"): "Not measured yet."}
 
 
 def test_the_last_record_of_a_setting_counts(tmp_path):

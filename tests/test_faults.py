@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from conftest import EVERYTHING_RANDOM, pack, trained
 from metaformer import InputError, provenance, records
-from metaformer.analysis import readme
+from metaformer.analysis import outputs
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.studies import faults
 from metaformer.errors import MachineError, run_command
@@ -564,14 +564,14 @@ def test_a_short_campaign_loses_nothing_and_fills_the_table(tmp_path):
     table = faults(measured)
     assert [str(cell) for cell in table.rows[-1].values()] == total
     assert len(table.rows) == len(records.read_record(imported).faults) + 1
-    section = readme.sections({"faults": table}, measured, complete=False)["README.md", "faults"]
+    section = outputs.sections({"faults": table}, measured, complete=False)["README.md", "faults"]
     assert f"injected {total[1]} faults" in section
     assert f"{total[2]} faults were survived and 0 were not" in section
 
 
 def test_without_a_campaign_the_table_says_so(tmp_path):
     measured = Measured(tmp_path)
-    sections = readme.sections({"faults": faults(measured)}, measured, complete=False)
+    sections = outputs.sections({"faults": faults(measured)}, measured, complete=False)
     assert sections == {("README.md", "faults"): "Not measured yet."}
 
 

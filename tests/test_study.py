@@ -15,7 +15,7 @@ import yaml
 
 from conftest import ROOT, draw, run_script, trained
 from metaformer import ABLATIONS, QUESTIONS, InputError
-from metaformer.analysis import readme, studies
+from metaformer.analysis import outputs, studies
 from metaformer.analysis.cells import Table
 from metaformer.analysis.measured import Measured
 from metaformer.analysis.paper import rows_of
@@ -364,9 +364,9 @@ def test_verdicts(monkeypatch):
 def test_the_status_names_a_study_with_missing_runs(monkeypatch, tmp_path):
     measured = Measured(tmp_path)
     measured.studies["cifar10"] = found = results(monkeypatch, {"identity": A})
-    tables = {name: Table(name, "", [], []) for name in readme.NUMBERED}
+    tables = {name: Table(name, "", [], []) for name in (*outputs.NUMBERED, "conclusions")}
     planned = len(found.study.rows) * len(found.study.seeds)
-    assert f"(cifar10 is partial: 3 of {planned} runs)" in readme.status(tables, measured)
+    assert f"(cifar10 is partial: 3 of {planned} runs)" in outputs.status(tables, measured)
     found.study.rows, found.study.seeds = ["identity"], [0, 1, 2]
     assert "partial" not in outputs.status(tables, measured)
 

@@ -246,11 +246,7 @@ def floor(cell: Cell, counted: dict[str, Any], rates: dict[str, float]) -> dict[
     products = sum(macs for operator, macs in counted["macs"].items() if not operator.endswith("_norm"))
     macs = (3 if training else 1) * cell.batch * products
     moved = cell.batch * cell.dtype.itemsize * elements_of_image + 4 * weights
-    return {
-        "macs": macs,
-        "bytes": moved,
-        "seconds": max(macs / rates["macs_per_s"], moved / rates["bytes_per_s"]),
-    }
+    return {"macs": macs, "bytes": moved, "seconds": max(macs / rates["macs_per_s"], moved / rates["bytes_per_s"])}
 
 
 def elements(model: MetaFormer, size: Size) -> tuple[int, int]:

@@ -33,15 +33,10 @@ TASKS = ("inference", "training")
 EXPORTED = ("onnxruntime", "openvino")
 RUNTIMES = ("eager", "compiled", *EXPORTED)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-DTYPES = {
-    **{"float32": torch.float32, "tf32": torch.float32, "mkldnn_bf16": torch.float32},
-    **{"bfloat16": torch.bfloat16, "float16": torch.float16},
-}
+DTYPES = dict.fromkeys(("float32", "tf32", "mkldnn_bf16"), torch.float32)
+DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Type of maps and products by precision. tf32 and mkldnn_bf16 round the factors of float32 products."""
-PRECISIONS = {
-    "cpu": ("float32", "bfloat16", "mkldnn_bf16"),
-    "cuda": ("float32", "tf32", "bfloat16", "float16"),
-}
+PRECISIONS = {"cpu": ("float32", "bfloat16", "mkldnn_bf16"), "cuda": ("float32", "tf32", "bfloat16", "float16")}
 TOLERANCES = {"float32": 1e-4, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.05, "mkldnn_bf16": 0.05}
 """Largest relative error of logits and gradient up to which a contestant computes the same as the plain form."""
 SEED = 0

@@ -81,13 +81,14 @@ def cost_of(name: str, results: Results) -> str:
     return f"{name}: {len(results.records)} runs, {hours:.1f} hours in all, on {hardware}{partial}."
 
 
-def judged(measured: Measured) -> Iterator[Row]:
+def conclusions(measured: Measured) -> Table:
     """A row for each statement about each study."""
+    rows = []
     for name, results in measured.studies.items():
         listed = [(of, statement) for of, group in statements().items() for statement in group]
         plain = [results.judge(statement.tests) for _, statement in listed]
         for (of, statement), judgement, corrected in zip(listed, plain, holm(plain), strict=True):
-            yield {
+            row = {
                 "study": name,
                 "of": of,
                 "statement": statement.text,
@@ -96,10 +97,8 @@ def judged(measured: Measured) -> Iterator[Row]:
                 "paired by seed": results.judge(statement.tests, paired=True).verdict,
                 "tested": "; ".join(map(in_signs, statement.tests, judgement.sums)),
             }
-
-
-def conclusions(measured: Measured) -> Table:
-    return table_of("conclusions", list(judged(measured)))
+            rows.append(row)
+    return table_of("conclusions", rows)
 
 
 def in_signs(weights: dict[str, float], value: Interval | None) -> str:
@@ -111,20 +110,12 @@ def in_signs(weights: dict[str, float], value: Interval | None) -> str:
 
 
 def faults(measured: Measured) -> Table:
-    """The latest campaign."""
-    notes = [
-        f"{record.date[:10]}, {record.hardware.processor}: `{record.command}`."
-        for record in measured.records["faults"][-1:]
-    ]
-    nothing = [{"fault": None, "tried": NOT_MEASURED, "survived": None, "lost": None}]
-    return table_of("faults", fault_rows(measured) or nothing, *notes)
-
-
-def fault_rows(measured: Measured) -> list[Row]:
-    rows = []
+    """The latest campaign, and the sums of its columns in the row ``all``."""
+    columns = ("tried", "survived", "lost")
+    rows, notes = [{"fault": None, "tried": NOT_MEASURED, "survived": None, "lost": None}], []
     for record in measured.records["faults"][-1:]:
-        counts = [(fault.fault, fault.tried, fault.survived, fault.lost) for fault in record.faults]
-        _, *columns = zip(*counts, strict=True)
-        for name, *numbers in [*counts, ("all", *map(sum, columns))]:
-            rows.append({"fault": name, **dict(zip(("tried", "survived", "lost"), map(Number, numbers), strict=True))})
-    return rows
+        counts = {of.fault: [getattr(of, column) for column in columns] for of in record.faults}
+        counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+        rows = [{"fault": name, **dict(zip(columns, map(Number, of), strict=True))} for name, of in counts.items()]
+        notes = [f"{record.date[:10]}, {record.hardware.processor}: `{record.command}`."]
+    return table_of("faults", rows, *notes)

@@ -201,13 +201,6 @@ class BenchmarkSettings(Part):
     seed: int
 
 
-class Rates(Part):
-    """Rates of large matrix products and copies on the machine."""
-
-    macs_per_s: Amount
-    bytes_per_s: Amount
-
-
 class Floor(Part):
     """Work of a batch and the least time that it takes."""
 
@@ -252,7 +245,8 @@ class Cell(Part):
     size: tuple[Positive, Positive]
     precision: str
     device: Literal["cpu", "cuda"]
-    rates: Rates
+    rates: dict[Literal["macs_per_s", "bytes_per_s"], Amount]
+    """Rates of large matrix products and copies on the machine."""
     floor: Floor
     contestants: Annotated[list[Contestant], AfterValidator(took_turns)]
     absent: list[Absent] = Field(default_factory=list)
