@@ -328,6 +328,11 @@ def test_the_report_has_the_tables_and_needs_nothing_else():
     assert {address[1:] for address in page.addresses if address[0] == "#"} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|://", text)
+    # The number by which the page sorts a cell
+    number = re.compile(re.search(r"\(/(\^.*?)/\.exec", text)[1])
+    assert [number.match(cell)[0] for cell in ("1.1e-14", "+1,234.5 (1 to 2)", "-0.3 ± 0.1", "50 %")] == [
+        *("1.1e-14", "+1,234.5", "-0.3", "50"),
+    ]
     images = [b64decode(address.partition(",")[2]) for address in page.addresses if address.startswith("data:")]
     drawn = [name for name, make in figures.FIGURES.items() if make()]
     assert images == [(ROOT / f"analysis/figures/{name}.svg").read_bytes() for name in drawn]
