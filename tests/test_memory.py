@@ -17,7 +17,7 @@ from conftest import TINY, draw, trained
 from metaformer import InputError
 from metaformer.training import memory
 from metaformer.training.augmentation import Crops, augment, crop_resize_flip, draw_crops
-from metaformer.training.config import load_config
+from metaformer.training.config import Config, load_config
 from metaformer.training.data import open_split
 from metaformer.training.distributed import join
 from metaformer.training.loader import val_loader
@@ -49,7 +49,7 @@ def alike(tmp_path_factory):
 def test_crops_are_resized_and_flipped_as_by_pillow(size):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (64, 40, 36, 3), dtype=np.uint8)
-    crops = draw_crops(rng, 64, 40, 36, (0.08, 1.0), (3 / 4, 4 / 3))
+    crops = draw_crops(Config(), rng, 64, 40, 36)
     cubic, hflip, vflip = rng.random((3, 64)) < 0.5
     ours = crop_resize_flip(torch.from_numpy(pixels).permute(0, 3, 1, 2), crops, size, cubic, hflip, vflip)
     for i, (top, left, height, width) in enumerate(zip(*crops, strict=True)):
@@ -77,7 +77,7 @@ def test_crops_have_the_distribution_of_timm(height, width, scale, ratio):
     picture = Image.new("RGB", (width, height))
     theirs = [RandomResizedCropAndInterpolation.get_params(picture, scale, ratio) for _ in range(4000)]
     theirs = [np.array(values) for values in zip(*theirs, strict=True)]
-    ours = draw_crops(np.random.default_rng(0), 4000, height, width, scale, ratio)
+    ours = draw_crops(Config(scale=scale, ratio=ratio), np.random.default_rng(0), 4000, height, width)
     for mine, reference in zip(ours, (theirs[0], theirs[1], theirs[2], theirs[3]), strict=True):
         assert ks_2samp(mine, reference).pvalue > 1e-3
     assert ks_2samp(ours.width / ours.height, theirs[3] / theirs[2]).pvalue > 1e-3

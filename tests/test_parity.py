@@ -58,7 +58,7 @@ def test_mixing_gives_the_values_of_fast_collate_mixup(mode):
         images = torch.randint(256, (6, 3, 37, 37), generator=generator, dtype=torch.uint8)
         labels = torch.arange(6) % 5
         np.random.seed(number)
-        mixed, targets = Mixing(37, **options)(images, labels)
+        mixed, targets = Mixing(**options)(images, labels)
         np.random.seed(number)
         with patch("timm.data.mixup.rand_bbox", parity.pinned_box):
             expected = FastCollateMixup(**options)(list(zip(images.numpy().copy(), labels.tolist(), strict=True)))

@@ -34,28 +34,21 @@ def augment(config: Config, images: Tensor, generator: np.random.Generator) -> T
     not their random numbers. The pixels are those of Pillow.
     """
     number, _, height, width = images.shape
-    crops = draw_crops(generator, number, height, width, config.scale, config.ratio)
+    crops = draw_crops(config, generator, number, height, width)
     cubic = {"bilinear": 0.0, "bicubic": 1.0, "random": 0.5}[config.train_interpolation]
     flags = (generator.random(number) < share for share in (cubic, config.hflip, config.vflip))
     return crop_resize_flip(images, crops, config.img_size, *flags)
 
 
-def draw_crops(
-    generator: np.random.Generator,
-    number: int,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Crops:
-    """Random crops of pictures (height, width): a share of the area in ``scale``, and width / height in ``ratio``."""
-    area = generator.uniform(*scale, (number, ATTEMPTS)) * height * width
-    aspect = np.exp(generator.uniform(*np.log(ratio), (number, ATTEMPTS)))
+def draw_crops(config: Config, generator: np.random.Generator, number: int, height: int, width: int) -> Crops:
+    """Random crops of ``number`` pictures: a share of the area in ``scale``, and width / height in ``ratio``."""
+    area = generator.uniform(*config.scale, (number, ATTEMPTS)) * height * width
+    aspect = np.exp(generator.uniform(*np.log(config.ratio), (number, ATTEMPTS)))
     widths, heights = np.sqrt(area * aspect).round(), np.sqrt(area / aspect).round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = np.arange(number), fits.argmax(axis=1)
     found = fits[first]
-    whole = np.clip(width / height, *ratio)
+    whole = np.clip(width / height, *config.ratio)
     h = np.where(found, heights[first], min(height, round(width / whole))).astype(np.int64)
     w = np.where(found, widths[first], min(width, round(height * whole))).astype(np.int64)
     top = np.where(found, generator.integers(0, height - h + 1), (height - h) // 2)

@@ -172,13 +172,11 @@ def collate(samples: list) -> Batch:
     return Batch(images.movedim(3, 1), labels, unreadable)
 
 
-def checked(
-    batches: Iterable[Batch], num_classes: int, skipped: list[Unreadable] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def checked(batches: Iterable[Batch], num_classes: int, skipped: list | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels, unless a label is out of range.
 
     Args:
-        skipped: takes the pictures that are left out of a batch; without it an unreadable picture stops the run.
+        skipped: takes the :class:`Unreadable` that are left out of a batch; without it, the first one stops the run.
     """
     for images, labels, unreadable in batches:
         if unreadable and skipped is None:

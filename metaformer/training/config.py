@@ -57,14 +57,10 @@ class Config(BaseModel):
     workers: Count | None = Field(None, description="Loader processes per device. null: one per core")
     bad_pictures: Literal["stop", "skip"] = Field("stop", description="What to do with unreadable pictures")
 
-    data_in_memory: bool = Field(
-        False, description="Decode all pictures (of one size) once; crop and flip batches on the device"
-    )
+    data_in_memory: bool = Field(False, description="Decode pictures (of one size) once; crop and flip on the device")
 
     img_size: Side = Field(224, description="Height and width of the input in pixels")
-    crop_pct: PositiveShare | None = Field(
-        None, description="Share of the resized side that the evaluation crop keeps. null: the model's own"
-    )
+    crop_pct: PositiveShare | None = Field(None, description="Evaluation crop / resized side. null: the model's own")
     interpolation: Filter | None = Field(None, description="Resize filter of the evaluation. null: the model's own")
     mean: Mean | None = Field(None, description="Mean of each channel for pixels in [0, 1]. null: the model's own")
     std: Std | None = Field(None, description="Standard deviation, as `mean`. null: the model's own")

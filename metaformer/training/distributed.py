@@ -101,13 +101,6 @@ def join() -> Processes:
     return Processes(device, rank, world, local_world, control)
 
 
-def compute_deterministically() -> None:
-    """Compute the same numbers in every run; on a GPU, PyTorch raises if an operator has no deterministic form."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # must be set before the first product
-    torch.backends.cudnn.benchmark = False  # a benchmark may choose another algorithm in each run
-    torch.use_deterministic_algorithms(True)
-
-
 class StopSignal:
     """A context that records the first stop signal, so that the run can save and exit; a second Ctrl-C interrupts
     it."""

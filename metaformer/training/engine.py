@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from metaformer.training import checkpoints, recipe
 from metaformer.training.batches import TrainBatches, checked, seed_everything
 from metaformer.training.config import Config
 from metaformer.training.data import HASHES, load_data
-from metaformer.training.distributed import Processes, StopSignal, compute_deterministically, join
+from metaformer.training.distributed import Processes, StopSignal, join
 from metaformer.training.evaluation import evaluate
 from metaformer.training.loader import loader_processes, train_loader, val_loader
 from metaformer.training.model import autocast, build_model, normaliser, precision_on, released_weights, with_input_of
@@ -38,8 +39,10 @@ class Interrupted(Exception):
 def train(config: Config) -> int:
     """Train, or continue, a run; returns the exit status, 128 + the signal's number if one stopped the run."""
     processes = join()
-    if config.deterministic:
-        compute_deterministically()
+    if config.deterministic:  # on a GPU, PyTorch raises an error if an operator has no deterministic form
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # must be set before the first product
+        torch.backends.cudnn.benchmark = False  # a benchmark may choose another algorithm in each run
+        torch.use_deterministic_algorithms(True)
     status = Trainer(config, processes).run()
     processes.leave()
     return status
@@ -276,8 +279,8 @@ class Trainer:
         model = self.ema.module if self.ema else self.model
         if self.processes.world > 1:  # each process has seen other batches; the main process's statistics are saved
             distribute_bn(model, self.processes.world)
-        number, skipped = self.data.summary["val_images"], self.skipped["validation"]
-        return evaluate(model, self.val_loader, number, self.config, self.processes, self.interruptible, skipped)
+        batches, number = self.interruptible(self.val_loader), self.data.summary["val_images"]
+        return evaluate(model, batches, number, self.config, self.processes, self.skipped["validation"])
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         progress = self.progress

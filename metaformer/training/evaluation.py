@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from metaformer.errors import InputError
 from metaformer.provenance import provenance, sha256
-from metaformer.training.batches import Unreadable, checked
+from metaformer.training.batches import Batch, Unreadable, checked
 from metaformer.training.checkpoints import read_run
 from metaformer.training.config import Config
 from metaformer.training.data import load_data
@@ -38,19 +37,13 @@ def outputs(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
-    loader: DataLoader,
-    number: int,
-    config: Config,
-    processes: Processes,
-    progress: Callable[[Iterable], Iterable],
-    skipped: list[Unreadable] | None,
+    model: nn.Module, batches: Iterable[Batch], number: int, config: Config, processes: Processes, skipped: list | None
 ) -> dict[str, float]:
     """top1 and top5 in percent, mean cross-entropy ``loss``, ``images`` and ``images_per_s``, over all processes.
 
     Args:
+        batches: those of this process.
         number: pictures of the split.
-        progress: called with the loader; returns its batches.
         skipped: as in :func:`batches.checked`; the pictures left out count nowhere.
 
     Raises:
@@ -59,8 +52,8 @@ def evaluate(
     """
     start = time.perf_counter()
     totals = torch.zeros(5, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images, left out
-    batches = checked(progress(loader), model.num_classes, skipped)
-    for logits, labels in outputs(model, batches, config, processes.device):
+    readable = checked(batches, model.num_classes, skipped)
+    for logits, labels in outputs(model, readable, config, processes.device):
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals[:4] += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)])
@@ -75,22 +68,15 @@ def evaluate(
     if not images:
         raise InputError("no picture of the validation split can be read")
     seconds = time.perf_counter() - start
-    return {
-        "top1": 100 * top1 / images,
-        "top5": 100 * top5 / images,
-        "loss": loss / images,
-        "images": int(images),
-        "images_per_s": images / seconds,
-    }
+    means = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+    return {**means, "images": int(images), "images_per_s": images / seconds}
 
 
-def validate(
-    opened: Opened, config: Config, progress: Callable[[Iterable], Iterable]
-) -> tuple[dict[str, Any], list[Unreadable]]:
+def validate(opened: Opened, config: Config, progress: Callable) -> tuple[dict[str, Any], list[Unreadable]]:
     """Evaluate a model on the validation split of ``config``, whose classes may be in another order.
 
     Args:
-        progress: as in :func:`evaluate`.
+        progress: called with the loader; returns its batches.
 
     Returns:
         The record and the skipped pictures.
@@ -104,15 +90,13 @@ def validate(
     data = load_data(config, workers, training=False)
     match_classes(model, opened.class_names, data.class_names, source)
     if data.num_classes != model.num_classes:
-        raise InputError(
-            f"the data have {data.num_classes} classes and the classifier of {source} has {model.num_classes}"
-        )
+        raise InputError(f"the data have {data.num_classes} classes and the model of {source} has {model.num_classes}")
     model.to(processes.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     loader = val_loader(config, data.val, processes, workers)
     skipped: list[Unreadable] = []
     skips = skipped if config.bad_pictures == "skip" else None
     with loader_processes(loader):
-        metrics = evaluate(model, loader, data.summary["val_images"], config, processes, progress, skips)
+        metrics = evaluate(model, progress(loader), data.summary["val_images"], config, processes, skips)
     names = {"model_args", "img_size", "crop_pct", "interpolation", "mean", "std", "seed"}
     precision = precision_on(config, processes.device)
     training = {name: opened.config[name] for name in Config.model_fields if name in (opened.config or ())} or None

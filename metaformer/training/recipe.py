@@ -7,7 +7,7 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import create_scheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
@@ -57,17 +57,7 @@ def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int
     Args:
         steps: optimizer steps in an epoch.
     """
-    return create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        cooldown_epochs=config.cooldown_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=not config.sched_on_updates,
-        updates_per_epoch=steps,
-    )
+    return create_scheduler(config, optimizer, updates_per_epoch=steps)  # the settings have the names of timm's
 
 
 class Mixing(Mixup):
@@ -75,18 +65,11 @@ class Mixing(Mixup):
 
     It mixes before normalisation and rounds the pixels, as timm's ``FastCollateMixup`` does. Its CutMix boxes have even
     sides: the timm of the official README (commit 9d6aad4, as 0.4.12 and 0.5.4) halves a side twice, and rounds down.
-
-    Args:
-        size: height and width of the images in pixels.
-        options: those of timm's ``Mixup``.
     """
-
-    def __init__(self, size: int, **options):
-        super().__init__(**options)
-        self.size = size
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mixed images, float32 with whole numbers, and smoothed targets (B, num_classes)."""
+        self.size = images.shape[-1]
         images, targets = super().__call__(images.to(torch.float32, copy=True), labels)
         return images.round_(), targets
 
@@ -111,16 +94,9 @@ def build_mixing(config: Config, num_classes: int) -> Mixing | None:
     """
     if not (config.mixup or config.cutmix):
         return None
-    return Mixing(
-        config.img_size,
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob,
-        mode=config.mixup_mode,
-        label_smoothing=config.smoothing,
-        num_classes=num_classes,
-    )
+    alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix}
+    draws = {"prob": config.mixup_prob, "switch_prob": config.mixup_switch_prob, "mode": config.mixup_mode}
+    return Mixing(**alphas, **draws, label_smoothing=config.smoothing, num_classes=num_classes)
 
 
 def build_erasing(config: Config, device: torch.device) -> RandomErasing:

@@ -1,6 +1,5 @@
 """Reports of a run: console, progress bar, TensorBoard events, metrics.csv, curve.png and run.json."""
 
-import csv
 import io
 import os
 import socket
@@ -99,11 +98,8 @@ class RunLog:
         """
         history = progress.history
         if history:
-            table = io.StringIO()
-            writer = csv.DictWriter(table, fieldnames=history[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(history)
-            write_file(self.folder / "metrics.csv", table.getvalue().encode())
+            table = [",".join(map(str, line)) for line in (history[0], *(row.values() for row in history))]
+            write_file(self.folder / "metrics.csv", "\n".join([*table, ""]).encode())
         if history and (status != "running" or time.monotonic() > self.drawn + BETWEEN_DRAWINGS):
             curve = io.BytesIO()
             plot(history, self.folder.name).savefig(curve, format="png", dpi=120)
