@@ -125,6 +125,17 @@ def test_an_interrupted_run_continues_to_the_same_weights_and_curve(step, number
     assert losses(stopped) == losses(whole)
 
 
+def test_every_step_counts_the_same_if_a_run_continues_in_other_passes(run, monkeypatch):
+    """As it does on another number of devices."""
+    whole = run("epochs=1")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=2)
+        stopped = run("epochs=1", output="stopped", status=128 + signal.SIGTERM)
+    monkeypatch.setattr(recipe, "split_batch", lambda *_, **options: (8, 1))
+    assert trained("stopped") == 0
+    assert float(rows(stopped)[0]["train_loss"]) == pytest.approx(float(rows(whole)[0]["train_loss"]), rel=1e-4)
+
+
 def test_interrupted_while_validating(run, monkeypatch):
     whole = run(*EVERYTHING_RANDOM)
     original = train.Trainer.interruptible

@@ -107,7 +107,7 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         self.parallel = processes.parallel(model)
 
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the passes of this epoch
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the steps of this epoch
         # Pictures skipped since the processes last communicated. None: nothing is skipped.
         self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
@@ -220,8 +220,7 @@ class Trainer:
             self.log.stepped(progress.epoch)
             if progress.step % self.config.log_interval == 0 or progress.step == self.steps:
                 self.gather_loss()
-                passes = (progress.step - logged_step) * self.passes * self.processes.world
-                loss = (self.loss_sum.item() - logged_loss) / passes
+                loss = (self.loss_sum.item() - logged_loss) / (progress.step - logged_step)
                 images_per_s = progress.step * self.config.global_batch / progress.seconds
                 self.log.training(progress, loss, self.current_lr(), images_per_s)
                 logged_loss, logged_step = self.loss_sum.item(), progress.step
@@ -265,7 +264,8 @@ class Trainer:
                 with self.cast:
                     loss = F.cross_entropy(self.parallel(images), labels, label_smoothing=smoothing)
                 self.scaler.scale(loss / self.passes).backward()
-            self.loss_sum += loss.detach()  # on the device: looking at every loss would make the GPU wait
+            # The mean of the passes, on the device: looking at every loss would make the GPU wait.
+            self.loss_sum += loss.detach() / (self.passes * self.processes.world)
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -290,7 +290,7 @@ class Trainer:
         row = {
             "epoch": progress.epoch + 1,
             "lr": self.current_lr(),
-            "train_loss": self.loss_sum.item() / (self.steps * self.passes * self.processes.world),
+            "train_loss": self.loss_sum.item() / self.steps,
             "val_loss": metrics["loss"],
             "top1": metrics["top1"],
             "top5": metrics["top5"],
