@@ -356,7 +356,8 @@ def test_fine_tuning_on_other_classes(run, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head"))
 
 
-def test_a_run_continues_without_the_checkpoint_that_it_began_with(run, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_continues_without_the_checkpoint_that_it_began_with(killed, run, monkeypatch):
     first = run("epochs=1")
     settings = [f"checkpoint={first / 'best.pt'}", "seed=43"]
     whole = run(*settings, output="whole")
@@ -364,6 +365,8 @@ def test_a_run_continues_without_the_checkpoint_that_it_began_with(run, monkeypa
         interrupt(patch, after=2)
         stopped = run(*settings, output="stopped", status=128 + signal.SIGTERM)
     shutil.rmtree(first)
+    if killed:  # between the two renamings of a checkpoint
+        (stopped / "last.pt").rename(stopped / "previous.pt")
     assert trained("stopped") == 0
     assert same_weights(whole, stopped)
 

@@ -105,6 +105,11 @@ def folder_of(config: Config) -> Path:
     return Path(config.output or f"runs/{config.model}-{data_name}-{start_time()}")
 
 
+def has_state(folder: Path) -> bool:
+    """Whether the folder has a checkpoint to continue from, damaged or not."""
+    return any(os.path.isfile(folder / name) for name in ("last.pt", "previous.pt"))
+
+
 def open_folder(config: Config, folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     """Begin a run in the folder, or return the state from which the run in it continues.
 

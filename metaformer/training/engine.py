@@ -64,7 +64,8 @@ class Trainer:
         self.progress = checkpoints.Progress(starts=[{**provenance(), **hashes}])
         seed_everything(config.seed)
         start = config
-        if config.resume and (checkpoints.folder_of(config) / "last.pt").is_file():  # the weights are loaded from there
+        # The main process alone has the folder, and then the weights.
+        if processes.from_main(lambda: config.resume and checkpoints.has_state(checkpoints.folder_of(config))):
             start = config.model_copy(update={"pretrained": False, "checkpoint": None})
         self.model = model = build_model(start, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
