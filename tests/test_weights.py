@@ -188,6 +188,10 @@ def test_a_run_records_the_released_file(run, tmp_path, monkeypatch):
     record = json.loads((folder / "run.json").read_text())
     assert record["pretrained"] == {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     assert released_weights(Config()) is None
+    elsewhere = {"pretrained_cfg_overlay": {"file": "mine.pth"}}
+    assert released_weights(Config(pretrained=True, model_args=elsewhere)) is None
+    monkeypatch.setattr(metaformer.variants, "fetch", None)  # without a network the run continues all the same
+    run("pretrained=true", "model_args={}", "epochs=1", "--resume")
 
 
 def test_nothing_else_claims_to_be_released():

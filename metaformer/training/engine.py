@@ -370,6 +370,7 @@ class Trainer:
             "devices": self.processes.world,
             "lr": self.lr,
             "seed": self.config.seed,
-            "pretrained": released_weights(self.config),
+            # A run that continues needs the file no longer.
+            "pretrained": checkpoints.read_run(self.output).get("pretrained") or released_weights(self.config),
             "settings": self.config.model_dump(mode="json"),
         }

@@ -121,8 +121,8 @@ def released_weights(config: Config) -> dict[str, str] | None:
     """Name and SHA-256 of the released file from which training starts; ``None`` without one."""
     if not config.pretrained or architecture(config.model) not in metaformer.VARIANTS:
         return None
-    file = released_file(config.model)
-    return {"file": file.name, "sha256": sha256(file)}
+    file = released_file(config.model, **config.model_args)
+    return {"file": file.name, "sha256": sha256(file)} if file else None
 
 
 def with_input_of(config: Config, model: nn.Module) -> Config:
