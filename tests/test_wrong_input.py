@@ -123,6 +123,7 @@ def copied(pictures, root):
             r"vit_tiny_patch16_224 .* does not give a vector of logits",
         ),
         (["model=dla46_c", "model_args={}", "grad_checkpointing=true"], r"dla46_c does not take grad_checkpointing"),
+        (["model=metaformer_s12_bn", "device_batch=1"], r"^Expected more than 1 value .*: use a larger device_"),
     ],
 )
 def test_settings(settings, sentence, run):

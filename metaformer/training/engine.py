@@ -262,8 +262,13 @@ class Trainer:
             images = self.erase(self.normalise(images))
             last = turn == self.passes - 1
             with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():
-                with self.cast:
-                    loss = F.cross_entropy(self.parallel(images), labels, label_smoothing=smoothing)
+                try:
+                    with self.cast:
+                        loss = F.cross_entropy(self.parallel(images), labels, label_smoothing=smoothing)
+                except ValueError as error:  # batch norm of maps of one pixel, with one image
+                    if len(images) > 1:
+                        raise
+                    raise InputError(f"{error}: use a larger device_batch= or img_size=") from error
                 self.scaler.scale(loss / self.passes).backward()
             # The mean of the passes, on the device: looking at every loss would make the GPU wait.
             self.loss_sum += loss.detach() / (self.passes * self.processes.world)
