@@ -186,6 +186,8 @@ def test_a_preempted_job_is_queued_again_when_the_run_has_saved(tmp_path):
     assert vars(delayed.function) == {"arguments": ["--resume"], "gpus": 2, "process": None}
     assert job.process.wait() == 143
     assert vars(job.checkpoint().function) == vars(delayed.function)  # preempted when the run has just ended
+    job.process = None
+    assert vars(job.checkpoint().function) == vars(delayed.function)  # preempted before the run has begun
 
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):

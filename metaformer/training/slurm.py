@@ -45,10 +45,11 @@ class TrainingJob:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Let the run save, and return the job that continues it. submitit calls this when Slurm takes the node
         away."""
-        self.process.send_signal(signal.SIGTERM)
-        with suppress(ChildProcessError):  # the run has ended on its own; started again, it ends at once
-            # Not Popen.wait(): the call in __call__, which is interrupted here, holds its lock.
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        if self.process:  # otherwise Slurm takes the node away before the run has begun
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(ChildProcessError):  # the run has ended on its own; started again, it ends at once
+                # Not Popen.wait(): the call in __call__, which is interrupted here, holds its lock.
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(TrainingJob(self.arguments, self.gpus))
 
 
