@@ -6,6 +6,9 @@ import re
 import pytest
 import torch
 from timm.data import ImageNetInfo
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.volo import VOLO
 
 from conftest import draw
 from metaformer import InputError, open_checkpoint
@@ -13,7 +16,7 @@ from metaformer.training.config import Config
 from metaformer.training.model import build_model, class_order, match_classes
 from metaformer.weights import read_checkpoint
 from metaformer.weights.writers import write
-from oracles import SMALL, save_run
+from oracles import SMALL, randomise, save_run
 
 
 @pytest.fixture
@@ -82,6 +85,22 @@ def test_classes_are_matched_by_name(validated, tmp_path):
     started = build_model(Config(**start, replace_head=True), 3, ["ant", "Bee", "Dog"])
     assert torch.equal(started.stem.weight, model.stem.weight)
     assert not set(started.head.weight.flatten().tolist()) & set(model.head.weight.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        VOLO((1, 1, 1, 1), img_size=32, embed_dims=(8, 8, 8, 8), num_heads=(2, 2, 2, 2), num_classes=3),
+        VisionTransformerDistilled(img_size=32, embed_dim=8, depth=1, num_heads=2, num_classes=3),
+        ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=3),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_all_classifiers_of_a_model_are_sorted(model):
+    images = torch.randn(2, 3, 32, 32)
+    logits = randomise(model).eval()(images)
+    match_classes(model, ["a", "b", "c"], ["b", "c", "a"], "it")
+    assert torch.allclose(model(images), logits[:, [1, 2, 0]])
 
 
 def test_a_model_that_does_not_tell_its_classifier_is_not_sorted():

@@ -91,7 +91,7 @@ def head_of(model: nn.Module, state_dict: StateDict) -> tuple[str, ...]:
 def classifiers(model: nn.Module) -> list[str]:
     """Names of the classifier's layers: several for a distilled DeiT, none for models without ``get_classifier``."""
     told = model.get_classifier() if hasattr(model, "get_classifier") else None
-    layers = told if isinstance(told, tuple | list) else [told]
+    layers = [*(told if isinstance(told, tuple | list) else [told]), getattr(model, "aux_head", None)]  # of VOLO
     return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
