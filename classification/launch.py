@@ -24,7 +24,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 def number(name: str, default: int, least: int = 1) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise InputError(f"{name}={text} in the environment: use a whole number from {least}")
     return int(text)
 

@@ -86,6 +86,7 @@ def copied(pictures, root):
         (["model=poolfomer_s12"], r"no model 'poolfomer_s12' \(did you mean 'poolformer_s12'\?\)"),
         (["model_args={depth: [1, 1, 1, 1]}"], r"poolformer_s12 does not take these arguments: .*'depth'"),
         (["data_dir=nowhere"], r"there is no data folder nowhere: give data_dir the path of one"),
+        (["data_dir=" + "x" * 300], r"there is no data folder xx"),
         (["data_dir=null"], r"no data given: use data_dir=PATH"),
         (["val_split=test"], r"has no folder for the split 'test': name it with train_split= or val_split="),
         (["val_split=train[90%:]"], r"has no folder for the split 'train\[90%:\]': name it with"),
@@ -402,7 +403,7 @@ def test_wrong_environment_of_the_launcher(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for environment, sentence in (
-            ({"GPUS": "two"}, "error: GPUS=two in the environment: use a whole number from 1"),
+            ({"GPUS": "²"}, "error: GPUS=² in the environment: use a whole number from 1"),
             ({"GPUS": "2", "PORT": port}, f"error: the processes cannot meet at 127.0.0.1:{port}"),
         ):
             folder = tmp_path / environment["GPUS"]

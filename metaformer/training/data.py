@@ -122,10 +122,8 @@ def open_split(config: Config, split: str, workers: int, is_training: bool = Fal
 def check_folder(root: str | None, split: str) -> None:
     """Raise an ``InputError`` without the split's folder, for which timm would take the root and its sub-folders."""
     if not root:
-        raise InputError(
-            "no data given: use data_dir=PATH, a folder with train/ and val/, each with a folder per class"
-        )
-    if not Path(root).is_dir():
+        raise InputError("no data given: use data_dir=PATH, which has train/ and val/ with a folder for each class")
+    if not os.path.isdir(root):  # pathlib raises an error for a name that is too long
         raise InputError(f"there is no data folder {root}: give data_dir the path of one")
     folder = Path(_search_split(root, split))
     if folder == Path(root) or "[" in split:  # timm ignores a part such as [:90%] in the name of a folder
