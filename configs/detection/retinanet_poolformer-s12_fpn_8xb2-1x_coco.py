@@ -5,15 +5,13 @@
 #   mim test mmdet configs/detection/retinanet_poolformer-s12_fpn_8xb2-1x_coco.py \
 #     --checkpoint work_dirs/retinanet_poolformer-s12_fpn_8xb2-1x_coco/epoch_12.pth --launcher pytorch --gpus 8
 _base_ = ["_base_/retinanet.py", "_base_/coco_1x.py"]
+checkpoint = "https://github.com/sail-sg/poolformer/releases/download/v1.0/poolformer_s12.pth.tar"
 model = dict(
     backbone=dict(
         type="MetaFormer",
         variant="poolformer_s12",
         out_indices=(1, 2, 3),
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://github.com/sail-sg/poolformer/releases/download/v1.0/poolformer_s12.pth.tar",
-        ),
+        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(in_channels=[128, 320, 512]),
 )

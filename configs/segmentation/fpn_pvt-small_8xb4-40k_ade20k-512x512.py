@@ -5,13 +5,12 @@
 #   mim test mmsegmentation configs/segmentation/fpn_pvt-small_8xb4-40k_ade20k-512x512.py \
 #     --checkpoint work_dirs/fpn_pvt-small_8xb4-40k_ade20k-512x512/iter_40000.pth --launcher pytorch --gpus 8
 _base_ = "_base_/fpn_ade20k_40k.py"
+checkpoint = "https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth"
 model = dict(
     backbone=dict(
         type="mmdet.PyramidVisionTransformer",
         num_layers=[3, 4, 6, 3],
-        init_cfg=dict(
-            type="Pretrained", checkpoint="https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth"
-        ),
+        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )

@@ -5,6 +5,7 @@
 #   mim test mmsegmentation configs/segmentation/fpn_x101-32x4d_8xb4-40k_ade20k-512x512.py \
 #     --checkpoint work_dirs/fpn_x101-32x4d_8xb4-40k_ade20k-512x512/iter_40000.pth --launcher pytorch --gpus 8
 _base_ = "_base_/fpn_ade20k_40k.py"
+checkpoint = "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth"
 model = dict(
     backbone=dict(
         type="ResNeXt",
@@ -14,10 +15,7 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         norm_cfg=dict(type="SyncBN", requires_grad=True),
         style="pytorch",
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth",
-        ),
+        init_cfg=dict(type="Pretrained", checkpoint=checkpoint),
     ),
     neck=dict(in_channels=[256, 512, 1024, 2048]),
 )
