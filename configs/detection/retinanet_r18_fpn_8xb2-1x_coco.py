@@ -12,8 +12,6 @@ model = dict(
         out_indices=(1, 2, 3),
         frozen_stages=1,
         norm_eval=True,
-        norm_cfg=dict(type="BN", requires_grad=True),
-        style="pytorch",
         init_cfg=dict(type="Pretrained", checkpoint="https://download.pytorch.org/models/resnet18-f37072fd.pth"),
     ),
     neck=dict(in_channels=[128, 256, 512]),

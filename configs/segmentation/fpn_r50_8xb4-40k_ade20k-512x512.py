@@ -9,9 +9,7 @@ model = dict(
     backbone=dict(
         type="ResNet",
         depth=50,
-        out_indices=(0, 1, 2, 3),
         norm_cfg=dict(type="SyncBN", requires_grad=True),
-        style="pytorch",
         init_cfg=dict(type="Pretrained", checkpoint="https://download.pytorch.org/models/resnet50-0676ba61.pth"),
     ),
     neck=dict(in_channels=[256, 512, 1024, 2048]),
