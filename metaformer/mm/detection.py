@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
-from mmengine.registry import DATASETS
+from mmdet.evaluation import CocoMetric
+from mmengine.registry import DATASETS, METRICS
 
 from metaformer.errors import InputError
 from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
@@ -20,8 +20,9 @@ class CheckedCoco(COCO):
     """An annotation file whose categories must be the classes asked for, in the same order.
 
     mmdet numbers the classes it finds 0, 1, ... in the order of the file, whatever the order of ``classes``. It leaves
-    out a box of an unknown category and a picture whose id occurs again, and cannot evaluate a box without ``iscrowd``.
-    pycocotools writes the id of the object that was found, and 0 for none.
+    out a box of an unknown category, without area or with a side below one pixel, and a picture whose id occurs again.
+    It reads an RLE mask as if its size were that of the picture, and cannot evaluate a box without ``iscrowd``.
+    pycocotools writes the id of the object that was found into an array of numbers, and 0 for none.
     """
 
     def __init__(self, annotation_file: str):
@@ -29,10 +30,33 @@ class CheckedCoco(COCO):
         self.path = annotation_file
         if len(self.imgs) < len(self.dataset["images"]):
             raise InputError(f"{self.path} has two pictures with the same id")
+        beyond = no_corners = left_out = 0
         for box in self.anns.values():
-            if box["category_id"] not in self.cats or "iscrowd" not in box or box["id"] == 0 or len(box["bbox"]) != 4:
+            known = box["category_id"] in self.cats and box.get("iscrowd") in (0, 1) and len(box["bbox"]) == 4
+            if not known or not isinstance(box["id"], int) or box["id"] == 0:
                 needs = "a listed category_id, an iscrowd (0 for a single object), a bbox of 4 numbers, an id above 0"
                 raise InputError(f"annotation {box['id']} of {self.path} needs {needs}")
+            if picture := self.imgs.get(box["image_id"]):
+                mask, size = box.get("segmentation"), [picture["height"], picture["width"]]
+                if isinstance(mask, dict) and mask["size"] != size:
+                    raise InputError(
+                        f"annotation {box['id']} of {self.path} has a mask of the height and width {mask['size']}, but "
+                        f"its picture has {size}"
+                    )
+                x, y, width, height = box["bbox"]
+                beyond += y + height > 1.1 * size[0] or x + width > 1.1 * size[1]
+                no_corners += width < x or height < y
+                left_out += box["area"] <= 0 or min(width, height) < 1
+        if beyond > no_corners:
+            raise InputError(
+                f"{self.path} has {beyond} of {len(self.anns)} boxes that reach beyond their pictures, as if they were "
+                "corners x1, y1, x2, y2: write x1, y1, width, height"
+            )
+        if 2 * left_out > len(self.anns):
+            raise InputError(
+                f"{self.path} has {left_out} of {len(self.anns)} boxes without area or with a side below one pixel, "
+                "which mmdet would leave out: write an area and x1, y1, width, height in pixels"
+            )
 
     def get_cat_ids(self, cat_names: tuple[str, ...]) -> list[int]:
         ids = super().get_cat_ids(cat_names)
@@ -50,9 +74,9 @@ class CheckedCocoDataset(CheckedDataset, CocoDataset):
     """mmdet's ``CocoDataset``, which refuses bad data before training starts.
 
     Raises:
-        InputError: the annotation file is missing, damaged, or has other classes; boxes are given by their corners; a
-            picture is missing; no picture has a box; boxes have no masks although the pipeline loads masks. While
-            samples are made: a picture has another size than its annotation says.
+        InputError: the annotation file is missing, damaged, or has other classes; boxes are given by their corners or
+            as fractions; a picture is missing; no picture has a box; boxes have no masks although the pipeline loads
+            masks. While samples are made: a picture has another size than its annotation says.
     """
 
     COCOAPI = CheckedCoco
@@ -69,14 +93,6 @@ class CheckedCocoDataset(CheckedDataset, CocoDataset):
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{self.ann_file} is not an annotation file in COCO's format ({reason})") from error
         check_there((info["img_path"] for info in data), str(self.ann_file))
-        boxes = [(*box["bbox"], info["width"], info["height"]) for info in data for box in info["instances"]]
-        start, end, size = np.reshape(boxes, (-1, 3, 2)).swapaxes(0, 1)
-        beyond, no_corners = (wrong.any(1).sum() for wrong in (end > 1.1 * size, end < 2 * start))
-        if beyond > no_corners:
-            raise InputError(
-                f"{self.ann_file} has {beyond} of {len(boxes)} boxes that reach beyond their pictures, as if they were "
-                "corners x1, y1, x2, y2: write x1, y1, width, height"
-            )
         if any(getattr(step, "with_mask", False) for step in self.pipeline.transforms):
             check_masks(data, self.ann_file)
         return data
@@ -84,10 +100,22 @@ class CheckedCocoDataset(CheckedDataset, CocoDataset):
     def filter_data(self) -> list[dict[str, Any]]:
         data = super().filter_data()
         if not data:
-            raise InputError(f"{self.ann_file} has no picture with a box of the classes asked for")
+            raise InputError(
+                f"{self.ann_file} has no picture with a box of the classes asked for and sides of filter_cfg.min_size"
+            )
         return data
 
     def prepare_data(self, idx: int) -> dict[str, Any] | None:
         data, info = super().prepare_data(idx), self.get_data_info(idx)
         check_size(data, info["img_path"], (info["height"], info["width"]), self.ann_file)
         return data
+
+
+@METRICS.register_module()
+class CheckedCocoMetric(CocoMetric):
+    """mmdet's ``CocoMetric``; raises an ``InputError`` if its annotation file is missing."""
+
+    def __init__(self, ann_file: str | None = None, **settings: Any):
+        if ann_file and not Path(ann_file).is_file():
+            raise InputError(f"there is no annotation file {ann_file}: give each evaluator that of its dataloader")
+        super().__init__(ann_file, **settings)

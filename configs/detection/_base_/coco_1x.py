@@ -39,11 +39,8 @@ auto_scale_lr = dict(enable=False, base_batch_size=16)  # 8 GPUs x 2; --auto-sca
 
 # Execution
 default_hooks = dict(
-    timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50),
-    param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2),
-    sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="DetVisualizationHook"),
     input_checks=dict(type="InputChecks"),
     result_record=dict(type="ResultRecord"),
@@ -53,7 +50,4 @@ env_cfg = dict(
 )
 visualizer = dict(type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
 log_processor = dict(type="LogProcessor", window_size=50, by_epoch=True)
-log_level = "INFO"
-load_from = None
-resume = False
 randomness = dict(seed=0)  # official: none

@@ -103,7 +103,7 @@ train_dataloader = dict(
     ),
 )
 val_evaluator = dict(
-    type="CocoMetric", ann_file="data/coco/annotations/instances_val2017.json", metric=["bbox", "segm"]
+    type="CheckedCocoMetric", ann_file="data/coco/annotations/instances_val2017.json", metric=["bbox", "segm"]
 )
 test_evaluator = val_evaluator
 

@@ -59,7 +59,7 @@ train_dataloader = dict(
         ],
     ),
 )
-val_evaluator = dict(type="CocoMetric", ann_file="data/coco/annotations/instances_val2017.json", metric="bbox")
+val_evaluator = dict(type="CheckedCocoMetric", ann_file="data/coco/annotations/instances_val2017.json", metric="bbox")
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-4, weight_decay=1e-4))
