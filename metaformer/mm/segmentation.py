@@ -21,8 +21,9 @@ class CheckedSegmentation(CheckedDataset):
 
     Raises:
         InputError: there is one class, or others than those of the data set; the list of pictures, all pictures, a
-            picture of the list or the label map of a picture is missing. While samples are made: a label map is not one
-            byte per pixel, has another size than its picture, or a label outside the classes.
+            picture of the list or the label map of a picture is missing, or a picture has another ending. While samples
+            are made: a label map is not one byte per pixel, has another size than its picture, or a label outside the
+            classes.
     """
 
     @classmethod
@@ -44,7 +45,17 @@ class CheckedSegmentation(CheckedDataset):
                 f"{ADE20K_PAGE} and unpack it as segmentation/README.md shows, or name yours in data_root, data_prefix"
             )
         check_there((info["img_path"] for info in data), str(self.ann_file))
-        check_there((info["seg_map_path"] for info in data if "seg_map_path" in info), folder)
+        maps = {Path(info["seg_map_path"]) for info in data if "seg_map_path" in info}
+        check_there(maps, folder)
+        if maps and not self.ann_file:
+            for path in Path(folder).rglob("*"):
+                name = f"{path.relative_to(folder).with_suffix('')}{self.seg_map_suffix}"
+                own = Path(self.data_prefix["seg_map_path"], name)
+                if own not in maps and own != path and own.is_file():
+                    raise InputError(
+                        f"{path} would be left out, because its name does not end in img_suffix={self.img_suffix!r}: "
+                        "give all pictures one ending, or list those to use in ann_file"
+                    )
         return data
 
     def prepare_data(self, idx: int) -> dict[str, Any]:
