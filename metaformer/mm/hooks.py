@@ -1,5 +1,6 @@
 """Hooks for mmengine's Runner that check its input and record results."""
 
+import json
 import logging
 import math
 import re
@@ -40,8 +41,8 @@ class InputChecks(Hook):
       them under ``model`` are loaded as well. For fine-tuning (``load_from`` without ``resume``), heads and classes may
       differ; the log states the differences. A run resumes only from a checkpoint that also has the state of the
       optimizer, without which mmengine would start a new one in the middle of the schedule.
-    - Heads for another number of classes, data sets with other classes, an evaluator of other data, and a schedule that
-      does not fit the training.
+    - Heads for another number of classes, another label for ignored pixels, data sets with other classes, an evaluator
+      of other data, and a schedule that does not fit the training.
     - A loss that is not finite, before a checkpoint is written.
     """
 
@@ -74,19 +75,21 @@ class InputChecks(Hook):
             warn(f"{source}: the heads start from weights for other classes: {other_classes}")
 
     def before_train(self, runner: Runner) -> None:
-        classes = runner.train_dataloader.dataset.metainfo["classes"]
-        check_heads(runner.model, classes)
+        ours = runner.train_dataloader.dataset.metainfo
+        check_heads(runner.model, runner.train_dataloader.dataset)
         check_crops(runner)
         check_schedule(runner)
         for split in ("val", "test"):
             if loader := runner.cfg.get(f"{split}_dataloader"):
                 check_evaluator(runner.cfg, split, runner.val_dataloader.dataset if split == "val" else None)
-                theirs = DATASETS.build({**loader.dataset, "lazy_init": True}).metainfo["classes"]
-                if difference := different_classes(classes, theirs):
+                theirs = DATASETS.build({**loader.dataset, "lazy_init": True}).metainfo
+                if difference := different_classes(ours["classes"], theirs["classes"]):
                     raise InputError(
                         f"{split}_dataloader has other classes than train_dataloader: {difference}; give both the same "
                         "metainfo=dict(classes=(...))"
                     )
+                if ours.get("reduce_zero_label") != theirs.get("reduce_zero_label"):
+                    warn(f"only one of train_dataloader and {split}_dataloader has reduce_zero_label=True")
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any, outputs: dict[str, Any]) -> None:
         loss = outputs["loss"].item()
@@ -100,26 +103,30 @@ class InputChecks(Hook):
     def before_test_epoch(self, runner: Runner) -> None:
         dataset = runner.test_dataloader.dataset
         check_evaluator(runner.cfg, "test", dataset)
-        check_heads(runner.model, dataset.metainfo["classes"])
+        check_heads(runner.model, dataset)
 
 
 def different_classes(ours: Sequence[str], theirs: Sequence[str]) -> str:
     """A phrase that names the first difference of two lists of classes; empty if they are equal."""
-    for i, (our, their) in enumerate(zip_longest(ours, theirs)):
-        if our != their:
-            return f"class {i} is {our!r} of {len(ours)} here and {their!r} of {len(theirs)} there"
-    return ""
+    pairs = enumerate(zip_longest(ours, theirs))
+    says = "class {} is {!r} of {} here and {!r} of {} there"
+    return next((says.format(i, our, len(ours), their, len(theirs)) for i, (our, their) in pairs if our != their), "")
 
 
-def check_heads(model: nn.Module, classes: Sequence[str]) -> None:
-    """Raise if a head, except the RPN and a semantic head beside box heads, predicts another number of classes."""
-    for name, head in bare(model).named_modules():
-        known = getattr(head, "num_classes", None)
-        if re.search(r"(?<!rpn)(?<!semantic)_head(\.\d+)?$", name) and known not in (None, len(classes)):
-            raise InputError(
-                f"model.{name} predicts {known} classes, but the data set has {len(classes)}: "
-                f"use --cfg-options model.{name}.num_classes={len(classes)}"
-            )
+def check_heads(model: nn.Module, dataset: Dataset) -> None:
+    """Raise if a head, except the RPN and a semantic head beside box heads, predicts another number of classes, or if a
+    head or the padding of label maps has another label for ignored pixels than the data set of mmseg."""
+    ignored = getattr(dataset, "ignore_index", None)
+    expected = {"num_classes": len(dataset.metainfo["classes"]), "ignore_index": ignored, "seg_pad_val": ignored}
+    for name, part in bare(model).named_modules():
+        if re.search(r"^data_preprocessor$|(?<!rpn)(?<!semantic)_head(\.\d+)?$", name):
+            for key, ours in expected.items():
+                theirs = getattr(part, key, None)
+                if None not in (ours, theirs) and ours != theirs:
+                    raise InputError(
+                        f"model.{name}.{key} is {theirs}, but the data set has {ours}: use --cfg-options "
+                        f"model.{name}.{key}={ours}"
+                    )
 
 
 def check_crops(runner: Runner) -> None:
@@ -167,7 +174,8 @@ def check_schedule(runner: Runner) -> None:
 
 
 def check_evaluator(config: Config, split: str, data: Dataset | None) -> None:
-    """Raise if an evaluator reads another annotation file than the data set, or needs masks and ``data`` has none."""
+    """Raise if an evaluator reads another annotation file than the data set or more of its pictures, ignores another
+    label, or needs masks and ``data`` has none."""
     dataset = config[f"{split}_dataloader"].dataset
     ours = dataset.get("ann_file") and Path(dataset.get("data_root") or "", dataset.ann_file)
     for evaluator in evaluators(config, split):
@@ -175,6 +183,16 @@ def check_evaluator(config: Config, split: str, data: Dataset | None) -> None:
         if ours and theirs and Path(theirs).resolve() != ours.resolve():
             raise InputError(
                 f"{split}_evaluator.ann_file is {theirs}, but {split}_dataloader reads {ours}: give both the same"
+            )
+        if theirs and dataset.get("indices") is not None:
+            raise InputError(
+                f"{split}_evaluator reads all pictures of {theirs}, and {split}_dataloader only those of its indices: "
+                "give both an annotation file of fewer pictures"
+            )
+        if (ignored := evaluator.get("ignore_index", 255)) != getattr(data, "ignore_index", ignored):
+            raise InputError(
+                f"{split}_evaluator.ignore_index is {ignored}, but {split}_dataloader ignores {data.ignore_index}: "
+                "give both the same"
             )
         if data and "segm" in evaluator.get("metric", ""):
             check_masks([data.get_data_info(index) for index in range(len(data))], f"{split}_dataloader")
@@ -215,11 +233,13 @@ class ResultRecord(Hook):
         self._write(runner, "train", "training.json", record)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        checkpoint = Path(runner._load_from or "").expanduser()
+        # Training in this process has changed the weights since the checkpoint was loaded.
+        source = "" if isinstance(runner._train_loop, BaseLoop) else runner._load_from or ""
+        checkpoint = Path(source).expanduser()
         digest = sha256(checkpoint) if checkpoint.is_file() else None
         record = {
-            "kind": {"mmdet": "detection", "mmseg": "segmentation"}[runner.cfg.default_scope],
-            "checkpoint": {"file": checkpoint.name, "sha256": digest} if runner._load_from else None,
+            "kind": "segmentation" if "reduce_zero_label" in runner.test_dataloader.dataset.metainfo else "detection",
+            "checkpoint": {"file": checkpoint.name, "sha256": digest} if source else None,
             "settings": {"seed": runner.seed, **settings_of_test(runner.cfg)},
             "metrics": {name: float(value) for name, value in metrics.items()},
             **self.provenance,
@@ -229,7 +249,7 @@ class ResultRecord(Hook):
     @master_only
     def _write(self, runner: Runner, split: str, name: str, record: dict[str, Any]) -> None:
         config, dataset = runner.cfg[f"{split}_dataloader"].dataset, getattr(runner, f"{split}_dataloader").dataset
-        record["model"] = Path(runner.cfg.filename).stem
+        record["model"] = Path(runner.cfg.filename or runner.experiment_name).stem
         record["data"] = {
             "name": type(dataset).__name__,
             "data_dir": str(getattr(dataset, "data_root", "")),
@@ -238,18 +258,20 @@ class ResultRecord(Hook):
             "classes": len(dataset.metainfo["classes"]),
         }
         path = Path(runner.log_dir) / name
-        write_json(path, record)
+        write_json(path, json.loads(json.dumps(record, default=str)))  # a config may name classes by themselves
         print_log(f"result record: {path}", logger="current")
 
 
 def mim_command(process: Path = Path("/proc/self")) -> str | None:
     """The ``mim`` command as it was typed, from the processes that started this one; None without mim or /proc."""
-    while (process / "cmdline").is_file():
-        words = (process / "cmdline").read_text().split("\0")[:-1]
-        if len(words) > 1 and Path(words[1]).name == "mim":
-            return shlex.join(["mim", *words[2:]])
-        process = process.with_name((process / "stat").read_text().rpartition(")")[2].split()[1])  # its parent
-    return None
+    try:
+        while True:
+            words = (process / "cmdline").read_text(errors="replace").split("\0")[:-1]
+            if len(words) > 1 and Path(words[1]).name == "mim":
+                return shlex.join(["mim", *words[2:]])
+            process = process.with_name((process / "stat").read_text().rpartition(")")[2].split()[1])  # its parent
+    except OSError:  # the first process has no parent, and a system may hide those of other users
+        return None
 
 
 def warn(message: str) -> None:
