@@ -114,6 +114,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
             print_log(f"{self.variant}: init_cfg has no pretrained weights", logger="current")
             return
         source, prefix = self.init_cfg["checkpoint"], self.init_cfg.get("prefix", "")
+        prefix += "." if prefix and not prefix.endswith(".") else ""  # as mmengine takes it
         checkpoint = load_from_path_or_url(source)
         check_trained_as(self.variant, self.arguments, checkpoint, source)
         weights = weights_of(checkpoint, ema=True)
@@ -122,16 +123,16 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         weights = from_official_pyramid(weights)
         own = self.state_dict()
-        left_out = {name for name in weights if name not in own and self._not_needed(name)}
-        given = {name: tensor for name, tensor in weights.items() if name not in left_out}
-        problems = differences(own, given)
+        problems = differences(own, weights)
         new = {name for name in problems["missing"] if name.startswith("out_norms.")}
+        left_out = {name for name in problems["unexpected"] if self._not_needed(name)}
         problems["missing"] -= new
+        problems["unexpected"] -= left_out
         if any(problems.values()):
             raise InputError(f"{source} does not fit the backbone {self.variant}: {listed(problems)}")
-        self.load_state_dict(given, strict=False)
+        self.load_state_dict(weights, strict=False)
         print_log(
-            f"{self.variant}: loaded {len(given)} of {len(own)} tensors from {source}; "
+            f"{self.variant}: loaded {len(own) - len(new)} of {len(own)} tensors from {source}; "
             f"new: {parts(new)}; left out: {parts(left_out)}",
             logger="current",
         )

@@ -41,6 +41,5 @@ def from_official_pyramid(weights: StateDict) -> StateDict:
 
 def rename_official(module: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
     """Rename the tensors of a backbone under ``prefix`` in ``state_dict``, in place."""
-    theirs = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    ours = from_official_pyramid({name.removeprefix(prefix): tensor for name, tensor in theirs.items()})
-    state_dict.update({prefix + name: tensor for name, tensor in ours.items()})
+    theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    state_dict.update({prefix + name: tensor for name, tensor in from_official_pyramid(theirs).items()})
