@@ -15,6 +15,7 @@ from metaformer.errors import InputError
 from metaformer.mm.backbone import checked_weights
 from metaformer.mm.checkpoint import load_from_path_or_url
 from metaformer.mm.config import build_model, read_config
+from metaformer.provenance import writing
 
 
 def load_model(config: str, checkpoint: str, device: str, toolboxes: Collection[str] = ("mmdet", "mmseg")) -> nn.Module:
@@ -73,6 +74,7 @@ def predict(description: str, infer: Callable, toolbox: str, **drawing: Any) -> 
         image = mmcv.imread(picture)
         if image is None:
             raise InputError(f"{picture} is not a picture")
-        sample = infer(model, picture)
-        visualizer.add_datasample(picture, mmcv.bgr2rgb(image), sample, draw_gt=False, out_file=str(path), **drawing)
+        found = infer(model, picture)
+        with writing(path):
+            visualizer.add_datasample(picture, mmcv.bgr2rgb(image), found, draw_gt=False, out_file=str(path), **drawing)
         print(path)
