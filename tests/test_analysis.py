@@ -698,7 +698,10 @@ def test_records_of_detection_segmentation_and_training(root, make_tables):
         *(
             (detection({"coco/bbox_mAP": 0.5}, **change), f"settings.{part} is not that of configs/detection/mask-rcnn")
             for part, change in (
-                ("evaluators", {"evaluators": [{"type": "CocoMetric", "metric": ["bbox", "segm"], "iou_thrs": [0.5]}]}),
+                (
+                    "evaluators",
+                    {"evaluators": [{"type": "CheckedCocoMetric", "metric": ["bbox", "segm"], "iou_thrs": [0.5]}]},
+                ),
                 ("batch_size", {"batch_size": 8}),
                 ("loop", {"loop": {"type": "TestLoop", "fp16": True}}),
             )

@@ -247,11 +247,12 @@ def test_pretrained_takes_ours_and_logs_it(tmp_path, official, monkeypatch):
     ]
 
 
-def test_pretrained_takes_the_backbone_of_a_segmentor(tmp_path):
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone"])
+def test_pretrained_takes_the_backbone_of_a_segmentor(tmp_path, prefix):
     source = randomised(backbone())
     weights = {f"backbone.{name}": tensor for name, tensor in source.state_dict().items()}
     torch.save({"state_dict": {**weights, "decode_head.conv.weight": torch.ones(1)}}, tmp_path / "iter_9.pth")
-    cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "iter_9.pth"), "prefix": "backbone."}
+    cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "iter_9.pth"), "prefix": prefix}
     model = backbone(out_indices=(1, 2, 3), init_cfg=cfg)
     model.init_weights()
     assert torch.equal(model.out_norms["3"].weight, source.out_norms["3"].weight)
@@ -574,7 +575,7 @@ def test_a_detector_is_trained_tested_through_mim_and_resumed(trained_detector):
     assert record["data"]["images"] == 4
     model = record["settings"]["model"]
     assert (model["backbone"]["depths"], model["test_cfg"]["rpn"]["max_per_img"]) == ([1, 1, 1, 1], 20)
-    assert record["settings"]["evaluators"] == [{"type": "CocoMetric", "metric": ["bbox", "segm"]}]
+    assert record["settings"]["evaluators"] == [{"type": "CheckedCocoMetric", "metric": ["bbox", "segm"]}]
     assert len(record["checkpoint"]["sha256"]) == 64
 
     targets = records.import_records([folder / "work_dirs/street"], folder / "results")
@@ -672,7 +673,8 @@ def test_a_record_names_the_command_as_it_was_typed(tmp_path):
         "20": ["python", "/somewhere/bin/mim", "train", "mmdet", "my config.py", "--gpus", "2"],
         "10": ["bash"],
     }
-    for (number, words), parent in zip(processes.items(), ("30", "20", "10", "0"), strict=True):
+    hidden = 300 * "9"  # a name that the system refuses to look up, as it does for hidden processes
+    for (number, words), parent in zip(processes.items(), ("30", "20", "10", hidden), strict=True):
         (tmp_path / number).mkdir()
         (tmp_path / number / "cmdline").write_text("".join(word + "\0" for word in words))
         (tmp_path / number / "stat").write_text(f"{number} (a (strange) name) S {parent} 1 1")
@@ -729,6 +731,7 @@ def test_predict_names_what_is_wrong(trained_segmentor, command, tmp_path):
         ([CONFIGS["retinanet_poolformer-s12"], *known], f"{CONFIGS['retinanet_poolformer-s12'].name}{other}"),
         ([*known, here, there, "--out", tmp_path], "would overwrite another picture: use another --out"),
         ([*known, here, "--out", here.parent], "would overwrite another picture: use another --out"),
+        ([*known, here, "--out", known[0]], f"cannot write {known[0]}/x.png"),
     ):
         status, _, error = command("segmentation/predict.py", *arguments)
         assert status == 2

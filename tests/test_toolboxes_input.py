@@ -4,10 +4,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
@@ -205,10 +208,18 @@ def test_training_stops_at_a_loss_that_is_not_finite(segmentor, tmp_path):
         diverging.train()
 
 
-def test_a_head_for_other_classes_is_refused(segmentor, tmp_path):
-    config, _ = segmentor
-    with pytest.raises(InputError, match=r"decode_head predicts 7 classes, but the data set has 3: .*=3"):
-        runner(config, tmp_path / "heads", **{"model.decode_head.num_classes": 7}).train()
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.decode_head.num_classes": 7}, "model.decode_head.num_classes is 7, but the data set has 3: use"),
+        ({"model.decode_head.ignore_index": 0}, "model.decode_head.ignore_index is 0, but the data set has 255: use"),
+        ({"train_dataloader.dataset.ignore_index": 0}, "data_preprocessor.seg_pad_val is 255, but the data set has 0"),
+        ({"val_evaluator.ignore_index": 0}, "val_evaluator.ignore_index is 0, but val_dataloader ignores 255: give"),
+    ],
+)
+def test_classes_and_ignored_labels_are_the_same_everywhere(segmentor, tmp_path, changes, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        runner(segmentor[0], tmp_path / "run", **changes).train()
 
 
 def test_heads_with_classes_of_their_own_are_left_alone():
@@ -216,13 +227,14 @@ def test_heads_with_classes_of_their_own_are_left_alone():
     roi_head = nn.ModuleDict({"semantic_head": nn.Identity(), "bbox_head": nn.Identity()})
     model = nn.ModuleDict({"rpn_head": nn.Identity(), "roi_head": roi_head})
     model["rpn_head"].num_classes, roi_head["semantic_head"].num_classes, roi_head["bbox_head"].num_classes = 1, 183, 2
-    check_heads(model, ("a", "b"))
-    with pytest.raises(InputError, match=r"model\.roi_head\.bbox_head predicts 2 classes, but the data set has 1"):
-        check_heads(model, ("a",))
+    one, two = (SimpleNamespace(metainfo={"classes": classes}) for classes in (("a",), ("a", "b")))
+    check_heads(model, two)
+    with pytest.raises(InputError, match=r"model\.roi_head\.bbox_head\.num_classes is 2, but the data set has 1"):
+        check_heads(model, one)
     roi_head["bbox_head"] = nn.ModuleList([nn.Identity()])  # as of Cascade R-CNN
     roi_head["bbox_head"][0].num_classes = 80
-    with pytest.raises(InputError, match=r"model\.roi_head\.bbox_head\.0 predicts 80 classes"):
-        check_heads(model, ("a", "b"))
+    with pytest.raises(InputError, match=r"model\.roi_head\.bbox_head\.0\.num_classes is 80"):
+        check_heads(model, two)
 
 
 REORDERED, RENAMED = ("house", "ground", "sky"), ("sky", "ground", "hut")
@@ -277,7 +289,7 @@ def test_a_schedule_that_ends_before_the_training(segmentor, tmp_path, monkeypat
         runner(config, tmp_path / "d", load_from=str(tmp_path / "ended.pth"), resume=True).train()
 
 
-def test_the_recorded_speed_is_that_of_this_start(segmentor, tmp_path):
+def test_records_are_of_this_start(segmentor, tmp_path):
     config, checkpoint = segmentor
     content = torch.load(checkpoint, weights_only=False)
     content["message_hub"]["log_scalars"]["train/time"]._log_history[:] = 1e6  # seconds, on other hardware
@@ -286,6 +298,11 @@ def test_the_recorded_speed_is_that_of_this_start(segmentor, tmp_path):
     resumed.train()
     (record,) = (tmp_path / "resumed").glob("*/training.json")
     assert json.loads(record.read_text())["images_per_s"] > 1e-2
+    # What is tested now is not the checkpoint that the run began with. A config may hold classes, which JSON cannot.
+    resumed.cfg.test_dataloader.dataset.pipeline[0]["type"] = LoadImageFromFile
+    resumed.test()
+    (record,) = (tmp_path / "resumed").glob("*/result.json")
+    assert json.loads(record.read_text())["checkpoint"] is None
     over = runner(config, tmp_path / "over", load_from=str(tmp_path / "resumed/iter_4.pth"), resume=True)
     over.train()
     assert not list((tmp_path / "over").glob("*/training.json"))
@@ -321,13 +338,25 @@ def test_crops_of_another_size_than_the_batch_is_padded_to(tmp_path):
         runner(config, tmp_path / "run", **{"model.data_preprocessor.size": (512, 512)}).train()
 
 
-def test_an_evaluator_of_other_data_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"val_evaluator.ann_file": "train.json"}, r"val_evaluator\.ann_file is train\.json, but .* reads .*val\.json"),
+        (
+            {"val_evaluator.ann_file": "none.json"},
+            r"there is no annotation file none\.json: give each evaluator",
+        ),
+        # mmdet would count the objects of the other pictures as missed.
+        ({"val_dataloader.dataset.indices": 2}, r"val_evaluator reads all pictures of .*val\.json, and .* its indices"),
+    ],
+)
+def test_an_evaluator_of_other_data_is_refused(tmp_path, monkeypatch, changes, says):
     """Also beside hooks of one's own."""
     data = draw_coco(tmp_path / "data")
     config = detection_config(tmp_path / "tiny.py", data, base="retinanet")
-    other = {"val_evaluator.ann_file": str(data / "annotations/train.json")}
-    with pytest.raises(InputError, match=r"val_evaluator\.ann_file is .*train\.json, but .* reads .*val\.json"):
-        runner(config, tmp_path / "run", **other, custom_hooks=[{"type": "EMAHook"}]).train()
+    monkeypatch.chdir(data / "annotations")
+    with pytest.raises(InputError, match=says):
+        runner(config, tmp_path / "run", **changes, custom_hooks=[{"type": "EMAHook"}]).train()
 
 
 @pytest.mark.parametrize("step", ["train", "test"])
@@ -340,15 +369,17 @@ def test_masks_that_only_the_evaluation_needs(tmp_path, step):
         getattr(runner(config, tmp_path / "run"), step)()
 
 
-def test_the_learning_rate_is_for_another_number_of_pictures(segmentor, tmp_path, monkeypatch):
+def test_the_log_warns_of_another_batch_and_of_other_labels(segmentor, tmp_path, monkeypatch):
     config, _ = segmentor
     logged = []
     monkeypatch.setattr(metaformer.mm.hooks, "print_log", lambda message, **_: logged.append(message))
     accumulated, short = {"optim_wrapper.accumulative_counts": 4}, {"train_cfg.max_iters": 1}
     with pytest.raises(InputError, match=r"auto_scale_lr ignores accumulative_counts=4 of optim_wrapper: scale lr"):
         runner(config, tmp_path / "a", **accumulated, **{"auto_scale_lr.enable": True}).train()
-    runner(config, tmp_path / "b", **accumulated, **short).train()
+    shifted = {"test_dataloader.dataset.reduce_zero_label": False}
+    runner(config, tmp_path / "b", **accumulated, **short, **shifted).train()
     assert "the base has a learning rate for 32 pictures and a step takes 16: see auto_scale_lr.enable" in logged
+    assert "only one of train_dataloader and test_dataloader has reduce_zero_label=True" in logged
 
 
 def test_a_config_that_replaces_our_imports_still_reads_checkpoints_safely(segmentor, tmp_path, monkeypatch):
@@ -399,6 +430,12 @@ def corners(annotation: dict) -> list[int]:
     return [x, y, x + width, y + height]
 
 
+def oblong() -> dict:
+    """A run-length encoded mask of a picture of 84 x 64 pixels with width and height exchanged."""
+    mask = pycocotools.mask.encode(np.ones((84, 64), np.uint8, order="F"))
+    return {**mask, "counts": mask["counts"].decode()}
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -438,6 +475,8 @@ def corners(annotation: dict) -> list[int]:
                 (3, lambda box: box.update(category_id=2)),
                 (3, lambda box: box.pop("iscrowd")),
                 (0, lambda box: box.update(id=0)),
+                ("a3", lambda box: box.update(id="a3")),
+                (3, lambda box: box.update(iscrowd="0")),
                 (3, lambda box: box["bbox"].pop()),
             )
         ),
@@ -446,6 +485,22 @@ def corners(annotation: dict) -> list[int]:
                 d / "annotations/train.json", lambda c: [a.update(bbox=corners(a)) for a in c["annotations"]]
             ),
             r"has \d+ of 16 boxes that reach beyond their pictures, as if they were corners x1, y1, x2, y2: write",
+        ),
+        *(
+            (
+                lambda d, change=change: edit(
+                    d / "annotations/train.json", lambda c: [change(a) for a in c["annotations"]]
+                ),
+                "has 16 of 16 boxes without area or with a side below one pixel, which mmdet would leave out: write",
+            )
+            for change in (
+                lambda box: box.update(area=0),
+                lambda box: box.update(bbox=[side / 100 for side in box["bbox"]]),
+            )
+        ),
+        (
+            lambda d: edit(d / "annotations/train.json", lambda c: c["annotations"][2].update(segmentation=oblong())),
+            r"annotation 3 .* has a mask of the height and width \[84, 64\], but its picture has \[64, 84\]",
         ),
         (
             lambda d: edit(
@@ -481,6 +536,13 @@ def test_boxes_alone_are_enough_for_retinanet(tmp_path):
         (lambda d: (d / "annotations/training/002.png").unlink(), r"not there \(1\), first .*002.png"),
         (lambda d: [p.unlink() for p in (d / "images/training").iterdir()], r"there is no picture \*.jpg in"),
         (lambda d: (d / "images").rename(d / "pictures"), "there is no picture .*ADEChallengeData2016.zip"),
+        *(
+            (
+                lambda d, suffix=suffix: (path := d / "images/training/001.jpg").rename(path.with_suffix(suffix)),
+                rf"001\{suffix} would be left out, because its name does not end in img_suffix='.jpg': give all",
+            )
+            for suffix in (".JPG", ".png")
+        ),
         (lambda d: (d / "images/training/001.jpg").write_text("no picture"), r"cannot use .*001.jpg"),
         (
             lambda d: (d / "annotations/training/001.png").write_text("no picture"),

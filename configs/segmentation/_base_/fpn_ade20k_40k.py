@@ -112,11 +112,8 @@ auto_scale_lr = dict(enable=False, base_batch_size=32)  # 8 GPUs x 4
 
 # Execution
 default_hooks = dict(
-    timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=4000, max_keep_ckpts=2),
-    sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="SegVisualizationHook"),
     input_checks=dict(type="InputChecks"),
     result_record=dict(type="ResultRecord"),
@@ -126,7 +123,4 @@ env_cfg = dict(
 )
 visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
 log_processor = dict(by_epoch=False)
-log_level = "INFO"
-load_from = None
-resume = False
 randomness = dict(seed=0)  # official: none
