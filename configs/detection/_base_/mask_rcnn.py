@@ -16,7 +16,7 @@ model = dict(
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
-        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[1.0, 1.0, 1.0, 1.0]),
+        bbox_coder=dict(type="DeltaXYWHBBoxCoder"),
         loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
         loss_bbox=dict(type="L1Loss", loss_weight=1.0),
     ),
@@ -32,12 +32,8 @@ model = dict(
             type="Shared2FCBBoxHead",
             in_channels=256,
             fc_out_channels=1024,
-            roi_feat_size=7,
             num_classes=80,
-            bbox_coder=dict(
-                type="DeltaXYWHBBoxCoder", target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[0.1, 0.1, 0.2, 0.2]
-            ),
-            reg_class_agnostic=False,
+            bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
             loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
             loss_bbox=dict(type="L1Loss", loss_weight=1.0),
         ),
@@ -49,7 +45,6 @@ model = dict(
         ),
         mask_head=dict(
             type="FCNMaskHead",
-            num_convs=4,
             in_channels=256,
             conv_out_channels=256,
             num_classes=80,
