@@ -469,7 +469,7 @@ def oblong() -> dict:
         *(
             (
                 lambda d, change=change: edit(d / "annotations/train.json", lambda c: change(c["annotations"][2])),
-                rf"annotation {number} of .*train.json needs a listed category_id, an iscrowd .* an id above 0",
+                rf"annotation {number} of .*train.json needs a listed category_id, an iscrowd .* an integer id above 0",
             )
             for number, change in (
                 (3, lambda box: box.update(category_id=2)),

@@ -34,7 +34,9 @@ class CheckedCoco(COCO):
         for box in self.anns.values():
             known = box["category_id"] in self.cats and box.get("iscrowd") in (0, 1) and len(box["bbox"]) == 4
             if not known or not isinstance(box["id"], int) or box["id"] == 0:
-                needs = "a listed category_id, an iscrowd (0 for a single object), a bbox of 4 numbers, an id above 0"
+                needs = (
+                    "a listed category_id, an iscrowd (0: one object, or 1), a bbox of 4 numbers, an integer id above 0"
+                )
                 raise InputError(f"annotation {box['id']} of {self.path} needs {needs}")
             if picture := self.imgs.get(box["image_id"]):
                 mask, size = box.get("segmentation"), [picture["height"], picture["width"]]
