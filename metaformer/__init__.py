@@ -9,27 +9,3 @@ from metaformer.model import MetaFormer
 from metaformer.variants import ABLATIONS, POOLFORMERS, QUESTIONS, VARIANTS
 from metaformer.version import __version__
 from metaformer.weights import Opened, load_weights, open_checkpoint
-
-__all__ = [
-    "ABLATIONS",
-    "MLN",
-    "POOLFORMERS",
-    "QUESTIONS",
-    "VARIANTS",
-    "Attention",
-    "ChannelLayerNorm",
-    "ChannelMlp",
-    "DepthwiseConv",
-    "InputError",
-    "MetaFormer",
-    "MetaFormerBlock",
-    "Opened",
-    "Pooling",
-    "RandomMixing",
-    "SpatialFC",
-    "__version__",
-    "convert",
-    "fuse",
-    "load_weights",
-    "open_checkpoint",
-]

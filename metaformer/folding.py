@@ -25,15 +25,13 @@ class FoldedBlock(nn.Module):
         weights = (mlp.fc1.weight.flatten(1), mlp.fc1.bias, norm.weight, norm.bias)
         # On the CPU, because not every device has float64.
         w1, b1 = (t.to(like) for t in kernels.folded(*(t.detach().cpu().double() for t in weights)))
-        ones = torch.ones_like(like)
-        scale1, scale2 = (ones if s is None else s for s in (block.layer_scale1, block.layer_scale2))
 
         self.pool_size = block.token_mixer.pool.kernel_size
         self.eps = (block.norm1.eps, norm.eps)
-        self.mix = nn.Parameter((like * scale1)[:, None, None])
+        self.mix = nn.Parameter(kernels.factor(like, block.layer_scale1))
         self.w1, self.b1 = nn.Parameter(w1), nn.Parameter(b1)
         self.w2, self.b2 = nn.Parameter(mlp.fc2.weight.flatten(1)), nn.Parameter(mlp.fc2.bias)
-        self.scale = nn.Parameter(scale2[:, None, None])
+        self.scale = nn.Parameter(kernels.factor(torch.ones_like(like), block.layer_scale2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
@@ -73,8 +71,7 @@ def fuse(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied: remove what it keeps, such as activations, and make pruning or "
             f"weight norm permanent with torch.nn.utils.prune.remove or remove_weight_norm; {error}"
         ) from error
-    kinds = (MetaFormerBlock, FusedBlock)
-    blocks = [(n, m) for n, m in holder.named_modules() if type(m) in kinds and unchanged(m, type(m)) and fusable(m)]
+    blocks = [(n, m) for n, m in holder.named_modules() if unchanged(m, MetaFormerBlock, FusedBlock) and fusable(m)]
     if not blocks:
         raise InputError(
             f"{type(model).__name__} has no block of pooling and a GELU MLP behind MLN, without hooks: there is "

@@ -56,7 +56,9 @@ class FusedBlock(MetaFormerBlock):
         norm1, norm2, mlp = self.norm1, self.norm2, self.mlp
         x = kernels.channels_last(x.to(norm1.weight.dtype))
         pool_size = self.token_mixer.pool.kernel_size
-        x = pooling_half(x, norm1.weight, norm1.bias, self.layer_scale1, self.keep(x), pool_size, norm1.eps)
+        with kernels.without_autocast(x):
+            inputs = (x, norm1.weight, norm1.bias, self.layer_scale1)
+            x = PoolingHalf.apply(self.keep(x), pool_size, norm1.eps, *inputs)
         weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, self.layer_scale2)
         return mlp_half(x, (norm2.weight, norm2.bias, *weights), self.keep(x), norm2.eps, self.recompute)
 
@@ -120,8 +122,7 @@ def fusable(block: MetaFormerBlock) -> bool:
         return False
     pool, fc1, fc2 = mixer.pool, mlp.fc1, mlp.fc2
     parts = ((norm1, MLN), (norm2, MLN), (pool, nn.AvgPool2d), (fc1, nn.Conv2d), (mlp.act, nn.GELU), (fc2, nn.Conv2d))
-    drops = unchanged(block.drop_path, nn.Identity) or unchanged(block.drop_path, DropPath)
-    if not drops or not all(unchanged(part, kind) for part, kind in parts):
+    if not all(unchanged(*part) for part in (*parts, (block.drop_path, DropPath, nn.Identity))):
         return False
     if not isinstance(pool.kernel_size, int) or pool.kernel_size % 2 == 0 or pool.padding != pool.kernel_size // 2:
         return False
@@ -137,34 +138,17 @@ def fusable(block: MetaFormerBlock) -> bool:
     return b1.dtype == w2.dtype == dtype and all(v.shape == (channels,) and v.dtype == dtype for v in vectors)
 
 
-def unchanged(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is exactly a ``kind`` with the expected attributes, its own forward pass and no hooks.
+def unchanged(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether ``module`` is exactly one of ``kinds`` with the expected attributes, its own forward pass and no hooks.
 
     A parametrised module is of another class. Pruning and the older weight and spectral norm are hooks.
     """
-    if type(module) is not kind or "forward" in vars(module) or kind.forward is not FORWARD[kind]:
+    kind = type(module)
+    if kind not in kinds or "forward" in vars(module) or kind.forward is not FORWARD[kind]:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     return all(getattr(module, name) == value for name, value in EXPECTED[kind].items())
-
-
-def pooling_half(
-    x: Tensor, gamma: Tensor, beta: Tensor, layer_scale: Tensor | None, keep: Tensor | None, pool_size: int, eps: float
-) -> Tensor:
-    """``x + keep * LS1 * (pool(N(x)) - N(x))`` for channels-last maps (B, C, H, W) (Eqs. 2 and 4).
-
-    Args:
-        gamma, beta: affine parameters of the norm, (C,).
-        layer_scale: LS1, (C,), or ``None``.
-        keep: drop path's factor per sample, (B, 1, 1, 1), or ``None``.
-        pool_size: side of the pooling, odd; the border is not counted.
-        eps: added to the variance.
-    """
-    with kernels.without_autocast(x):
-        if torch.is_grad_enabled():
-            return PoolingHalf.apply(keep, pool_size, eps, x, gamma, beta, layer_scale)
-        return kernels.mix(x, kernels.factor(gamma, layer_scale, keep), kernels.statistics(x, eps)[1][1], pool_size)
 
 
 def mlp_half(
@@ -186,7 +170,7 @@ def mlp_half(
             weight, bias = kernels.folded(w1.flatten(1), b1, gamma, beta)
             return kernels.add_mlp(x, weight, bias, w2.flatten(1), b2, kernels.factor(layer_scale, keep), eps, dtype)
         on_cpu = x.device.type == "cpu"
-        sample = len(w1) * x.shape[2:].numel() * x.element_size()
+        sample = len(w1) * x.shape[2:].numel() * dtype.itemsize
         small = len(x) * sample <= CACHED
         arguments = (eps, 0 if recompute else 2 if on_cpu and small else 1, dtype, *weights)
         if not on_cpu or small:
@@ -197,7 +181,14 @@ def mlp_half(
 
 
 class PoolingHalf(Function):
-    """:func:`pooling_half` with a gradient; keeps its input."""
+    """``x + keep * LS1 * (pool(N(x)) - N(x))`` for channels-last maps (B, C, H, W) (Eqs. 2 and 4); keeps its input.
+
+    Args:
+        keep: drop path's factor per sample, (B, 1, 1, 1), or ``None``.
+        pool_size: side of the pooling, odd; the border is not counted.
+        eps: added to the variance.
+        inputs: x; gamma and beta of the norm, (C,) each; LS1, (C,), or ``None``.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, keep: Tensor | None, pool_size: int, eps: float, *inputs: Tensor | None) -> Tensor:
@@ -234,13 +225,7 @@ class MlpHalf(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        keep: Tensor | None,
-        eps: float,
-        kept: int,
-        dtype: torch.dtype,
-        *weights: Tensor | None,
+        ctx: FunctionCtx, x: Tensor, keep: Tensor | None, eps: float, kept: int, dtype: torch.dtype, *weights: Tensor
     ) -> Tensor:
         gamma, beta, w1, b1, w2, b2, layer_scale = weights
         normalised, found = kernels.statistics(x, eps)

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import metaformer
 from metaformer import MetaFormerBlock, kernels
 from metaformer.folding import FoldedBlock
-from metaformer.fused import FusedBlock, applies, mlp_half, pooling_half
+from metaformer.fused import FusedBlock, PoolingHalf, applies, mlp_half
 from oracles import randomise, relative_error, timm_twin
 
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
@@ -80,7 +80,8 @@ def test_derivatives_of_the_pooling_half(pool_size, layer_scale, dropped):
     keep = torch.tensor([0.0, 2.0]).double().view(2, 1, 1, 1) if dropped else None
 
     def half(x, gamma, beta, scale=None):
-        return pooling_half(x.contiguous(memory_format=torch.channels_last), gamma, beta, scale, keep, pool_size, 1e-5)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return PoolingHalf.apply(keep, pool_size, 1e-5, x, gamma, beta, scale)
 
     inputs = (drawn(2, 3, 4, 3).requires_grad_(), *vectors)
     assert gradcheck(half, inputs)
