@@ -4,6 +4,7 @@ Shapes: B images, C channels, H x W positions, K output channels; maps are (B, C
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -61,12 +62,8 @@ def folded(w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor,
 
 def factor(*factors: Tensor | None) -> Tensor | None:
     """The product of factors per channel (C,) or per sample (B, 1, 1, 1), to multiply maps with."""
-    product = None
-    for one in factors:
-        if one is not None:
-            one = one[:, None, None] if one.ndim == 1 else one
-            product = one if product is None else product * one
-    return product
+    given = [one[:, None, None] if one.ndim == 1 else one for one in factors if one is not None]
+    return reduce(torch.mul, given) if given else None
 
 
 def add(x: Tensor, factor: Tensor | None, branch: Tensor) -> Tensor:
@@ -88,19 +85,20 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, activate: b
     faster than its convolution with AVX-512 only, and then multiplies bfloat16 too. inductor reaches oneDNN through the
     convolution only.
     """
-    compiled_on_cpu = x.device.type == "cpu" and torch.compiler.is_compiling()
-    if compiled_on_cpu or may_use_tf32(x):
+    on_cpu, onednn = x.device.type == "cpu", torch.backends.mkldnn
+    dtypes = (torch.float32, torch.bfloat16) if AVX512 else (torch.float32,)
+    if (on_cpu and torch.compiler.is_compiling()) or may_use_tf32(x):
         product = F.conv2d(x, weight[:, :, None, None], bias)
-        return torch.ops.aten.gelu_(product) if activate else product
-    known = (torch.float32, torch.bfloat16) if AVX512 else (torch.float32,)
-    if x.device.type == "cpu" and x.dtype in known and torch.backends.mkldnn.is_available():
+    elif on_cpu and x.dtype in dtypes and onednn.is_available() and onednn.enabled:
         epilogue = ("gelu", [], "none") if activate else ("none", [], "")
+        bias = None if bias is None else bias.contiguous()  # these operators ignore its stride
         if AVX512:
             return maps(torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, *epilogue), x)
         geometry = ([0, 0], [1, 1], [1, 1], 1)
         return torch.ops.mkldnn._convolution_pointwise(x, weight[:, :, None, None], bias, *geometry, *epilogue)
-    product = F.linear(rows(x), weight, bias)
-    return maps(torch.ops.aten.gelu_(product) if activate else product, x)
+    else:
+        product = maps(F.linear(rows(x), weight, bias), x)
+    return torch.ops.aten.gelu_(product) if activate else product
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -163,8 +161,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is enabled on the device of ``x`` and applies to it; it leaves float64 as it is."""
+    device, double = x.device.type, x.dtype == torch.float64
+    return not double and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def transformed(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import re
 import threading
@@ -20,10 +21,12 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as hooked_weight_norm
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import metaformer
@@ -150,6 +153,40 @@ def test_the_mlp_in_parts_of_the_batch_is_the_same_function(samples, monkeypatch
     assert samples in taken
     assert relative_error(logits, expected) < 1e-12
     assert worst(gradients, expected_gradients) < 1e-9
+
+
+class Operators(TorchDispatchMode):
+    """Notes the namespaces of the operators that are called, such as aten and mkldnn."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("avx512", sorted({kernels.AVX512, False}))
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_products_equal_convolutions(dtype, enabled, avx512, monkeypatch):
+    """With oneDNN and without it, for maps, weights and biases of any strides, and for no maps."""
+    monkeypatch.setattr(kernels, "AVX512", avx512)
+    wide, bias = drawn(2, 66, 7, 10).to(dtype), drawn(18).to(dtype)[::2]
+    last = wide[:, :33].contiguous(memory_format=torch.channels_last)
+    inputs = [last, last[..., ::2], wide[:, ::2], last[:1].expand(3, -1, -1, -1), last[:0]]
+    weights = [drawn(9, 33).to(dtype), drawn(33, 9).to(dtype).t(), drawn(18, 66).to(dtype)[::2, 1::2]]
+    cases = list(itertools.product(inputs, weights, [(bias, True), (None, False)]))
+    with torch.backends.mkldnn.flags(enabled=enabled), Operators() as operators:
+        results = [kernels.pointwise(x, weight, *others) for x, weight, others in cases]
+    known = (torch.float32, torch.bfloat16) if avx512 else (torch.float32,)
+    assert ("mkldnn" in operators.seen) == (enabled and dtype in known)
+    for (x, weight, (added, activate)), found in zip(cases, results, strict=True):
+        expected = F.conv2d(x.double(), weight.double()[:, :, None, None], None if added is None else added.double())
+        expected = F.gelu(expected) if activate else expected
+        assert (found.dtype, found.shape) == (dtype, expected.shape)
+        assert found.numel() == 0 or relative_error(found, expected) < 4 * torch.finfo(dtype).eps
 
 
 def test_the_bias_of_the_first_norm_has_no_effect():
@@ -716,7 +753,8 @@ def test_folded_models_are_the_same_function(name, avx512, monkeypatch):
             for ours, theirs in zip(levels, model.forward_intermediates(images, intermediates_only=True), strict=True):
                 assert relative_error(ours, theirs) < 2e-6
         images = drawn(2, 3, 64, 64)
-        assert relative_error(metaformer.fuse(model.double())(images), model(images)) < 1e-12
+        with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+            assert relative_error(metaformer.fuse(model.double())(images), model(images)) < 1e-12
     model.float()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
