@@ -94,18 +94,15 @@ ABLATIONS = by_row(
 )
 
 # Questions about the baseline that the paper's table does not answer.
+PATCHES = {"overlap": False}
+BOTH = {**PATCHES, "token_mixers": nn.Identity}
 QUESTIONS = by_row(
     Variant("LayerScale → none", OTHER, {"layer_scale_init": None}, "nolayerscale"),
     Variant("pool(x) - x → pool(x)", MIXER, {"token_mixers": partial(Pooling, subtract=False)}, "unsubtracted"),
     Variant("border not counted → counted", MIXER, {"token_mixers": partial(Pooling, count_border=True)}, "border"),
     Variant("norm, average → average, norm (timm)", "head", {"pool_before_norm": True}, "timmhead"),
-    Variant("overlapping patch embeddings → kernel = stride", OTHER, {"overlap": False}, "patches"),
-    Variant(
-        "overlapping patch embeddings → kernel = stride, pooling → identity",
-        OTHER,
-        {"overlap": False, "token_mixers": nn.Identity},
-        "patchesidentity",
-    ),
+    Variant("overlapping patch embeddings → kernel = stride", OTHER, PATCHES, "patches"),
+    Variant("overlapping patch embeddings → kernel = stride, pooling → identity", OTHER, BOTH, "patchesidentity"),
 )
 
 VARIANTS = {**POOLFORMERS, **ABLATIONS, **QUESTIONS}
@@ -154,19 +151,20 @@ def released_file(name: str, cache_dir: str | Path | None = None, **arguments: A
 
 
 def entry_point(name: str) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+    def create(pretrained: bool = False, device: Any = None, dtype: Any = None, **kwargs) -> nn.Module:
         arguments = {**variant_arguments(name), **kwargs}
         if pretrained and (file := released_file(name, **kwargs)):
             overlay = kwargs.get("pretrained_cfg_overlay") or {}
             arguments["pretrained_cfg_overlay"] = {**overlay, "file": str(file)}
+        levels = tuple(range(len(arguments["depths"])))
         return build_model_with_cfg(
             MetaFormer,
             name,
             pretrained,
             pretrained_filter_fn=adaptable,
-            feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(arguments["depths"])))},
+            feature_cfg={"feature_cls": "getter", "flatten_sequential": True, "out_indices": levels},
             **arguments,
-        )
+        ).to(device=device, dtype=dtype)
 
     create.__name__ = create.__qualname__ = name
     return create
