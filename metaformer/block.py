@@ -7,12 +7,14 @@ from collections.abc import Callable
 from itertools import count
 
 import torch
+import torch.fx
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
 from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.stateless import _reparametrize_module  # of torch.func.functional_call
 
+from metaformer.errors import InputError
 from metaformer.mixers import Pooling
 
 Layer = Callable[[int], nn.Module]
@@ -38,9 +40,12 @@ class ChannelMlp(nn.Module):
 
     def __init__(self, dim: int, act_layer: Callable[[], nn.Module] = nn.GELU, ratio: float = 4):
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, int(dim * ratio), 1)
+        hidden = int(dim * ratio)
+        if hidden < 1:
+            raise InputError(f"mlp_ratio={ratio} leaves no hidden channel: use a larger one, or None for no MLP")
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.act = act_layer()
-        self.fc2 = nn.Conv2d(int(dim * ratio), dim, 1)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
         init_linear(self.fc1)
         init_linear(self.fc2)
 
@@ -62,6 +67,9 @@ class MetaFormerBlock(nn.Module):
         residual: whether ``x +`` and ``y +`` are computed (Table 5 has a row without them).
         layer_scale_init: initial value of LayerScale; ``None`` removes it.
         drop_path: probability that a branch is dropped for a sample in training.
+
+    Raises:
+        InputError: in the forward pass, if the token mixer returns maps of another shape.
     """
 
     def __init__(
@@ -100,10 +108,19 @@ class MetaFormerBlock(nn.Module):
         return x
 
     def add(self, x: Tensor, branch: Tensor, layer_scale: Tensor | None) -> Tensor:
+        check_shape(branch, x)
         if layer_scale is not None:
             branch = layer_scale[:, None, None] * branch
         branch = self.drop_path(branch)
         return x + branch if self.residual else branch
+
+
+@torch.fx.wrap
+def check_shape(branch: Tensor, x: Tensor) -> None:
+    """Raise an ``InputError`` if a branch does not have the shape of its input: it might be broadcast in silence."""
+    if not torch.jit.is_scripting() and branch.shape != x.shape:
+        shapes = f"{tuple(branch.shape)} for maps of {tuple(x.shape)}"
+        raise InputError(f"a token mixer or channel MLP returned {shapes}: both have to keep the shape (B, C, H, W)")
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:

@@ -7,7 +7,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import count
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ class MetaFormer(nn.Module):
             printed equations.
 
     Raises:
-        InputError: a per-stage argument of the wrong length, a module in place of its class, an unknown
-            ``global_pool`` or ``stem_stride``.
+        InputError: a per-stage argument of the wrong length, a module or a name in place of a class, an unknown
+            ``global_pool`` or ``stem_stride``, an argument out of its range.
     """
 
     def __init__(
@@ -82,6 +82,11 @@ class MetaFormer(nn.Module):
         super().__init__()
         if stem_stride not in (1, 2, 4):
             raise InputError(f"stem_stride is {stem_stride!r}: use 4, as the paper, or 2 or 1 for small images")
+        if not 0 <= drop_path_rate <= 1:
+            raise InputError(f"drop_path_rate is {drop_path_rate}: give a probability from 0 to 1")
+        size = to_2tuple(img_size)
+        if len(size) != 2 or min(size) < 1:
+            raise InputError(f"img_size is {img_size}: give the side of the images in pixels, or their (height, width)")
         stages = len(depths)
         dims = per_stage("dims", dims, stages)
         token_mixers = per_stage("token_mixers", token_mixers, stages)
@@ -90,8 +95,7 @@ class MetaFormer(nn.Module):
         for layer in (*token_mixers, *norm_layers, act_layer):
             if isinstance(layer, nn.Module) or not callable(layer):
                 raise InputError(f"{layer!r} does not make a layer: give a class, or a function that returns a module")
-        last = max(sum(depths) - 1, 1)
-        drop_path_rates = (drop_path_rate * i / last for i in range(sum(depths)))
+        block, last = count(), max(sum(depths) - 1, 1)
 
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
@@ -100,13 +104,13 @@ class MetaFormer(nn.Module):
         ]
         self.pool_before_norm = pool_before_norm
         self.fixed_size = fixes_size(token_mixers, pos_embeds)  # whether images must have img_size
+        self._traits = {"fixed_input_size": self.fixed_size}  # for timm
 
         self.stem = patch_embedding(in_chans, dims[0], 7 if overlap else stem_stride, stem_stride)
         self.stages = nn.Sequential()
-        size = size_after(self.stem, to_2tuple(img_size))
         for i, dim in enumerate(dims):
             downsample = nn.Identity() if i == 0 else patch_embedding(dims[i - 1], dim, 3 if overlap else 2, stride=2)
-            size = size if i == 0 else size_after(downsample, size)
+            size = size_after(self.stem if i == 0 else downsample, size)
             mixer = token_mixers[i]
             make_block = partial(
                 FusedBlock if fused else MetaFormerBlock,
@@ -118,7 +122,7 @@ class MetaFormer(nn.Module):
                 residual=residual,
                 layer_scale_init=layer_scale_init,
             )
-            blocks = [make_block(drop_path=rate) for rate in islice(drop_path_rates, depths[i])]
+            blocks = [make_block(drop_path=drop_path_rate * next(block) / last) for _ in range(depths[i])]
             position = PositionEmbedding(dim, size) if pos_embeds[i] else nn.Identity()
             parts = {"downsample": downsample, "position": position, "blocks": nn.Sequential(*blocks)}
             self.stages.append(nn.Sequential(OrderedDict(parts)))
@@ -146,13 +150,12 @@ class MetaFormer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier of ``num_classes`` outputs (0: none) in place, on the device of the model."""
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise InputError(f"global_pool is {global_pool!r}: use 'avg', or '' to keep the feature map")
-            self.global_pool = global_pool
-        if num_classes > 0 and self.global_pool == "":
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("avg", ""):
+            raise InputError(f"global_pool is {pool!r}: use 'avg', or '' to keep the feature map")
+        if num_classes > 0 and pool == "":
             raise InputError("global_pool='' leaves no vector to classify: use num_classes=0 with it, or 'avg'")
-        self.num_classes = num_classes
+        self.num_classes, self.global_pool = num_classes, pool
         if num_classes > 0:
             like = next(self.parameters())
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
@@ -250,15 +253,18 @@ def takes_map_size(token_mixer: Layer) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
-def fixes_size(token_mixers: Layer | Sequence[Layer] = Pooling, pos_embeds: Sequence[bool] = (), **_: Any) -> bool:
+def fixes_size(token_mixers: Any = Pooling, pos_embeds: Any = False, **_: Any) -> bool:
     """Whether a model with these arguments takes images of one size only."""
-    mixers = token_mixers if isinstance(token_mixers, Sequence) else [token_mixers]
-    return any(pos_embeds) or any(map(takes_map_size, mixers))
+    return any(as_list(pos_embeds)) or any(map(takes_map_size, as_list(token_mixers)))
 
 
 def per_stage(name: str, value: Any, stages: int) -> list[Any]:
     """One value for each stage, from such a sequence or from a single value for all."""
-    values = list(value) if isinstance(value, Sequence) else [value] * stages
-    if len(values) != stages:
+    values = as_list(value)
+    if len(values) not in (1, stages):
         raise InputError(f"{name} has {len(values)} entries: give one, or one for each of the {stages} stages")
-    return values
+    return values * (stages // len(values))
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]

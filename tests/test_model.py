@@ -10,6 +10,7 @@ import pytest
 import timm
 import timm.models.metaformer as timm_metaformer
 import torch
+from timm.data import resolve_input_data_config
 from timm.models._features_fx import GraphExtractNet
 from timm.models._features_fx import create_feature_extractor as timm_features
 from timm.optim import param_groups_layer_decay
@@ -18,6 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor as to
 
 import metaformer
 from metaformer import POOLFORMERS, VARIANTS, InputError, MetaFormer, MetaFormerBlock
+from metaformer.model import fixes_size
 from oracles import (
     HF_NAMES,
     OFFICIAL_NAMES,
@@ -218,6 +220,8 @@ def test_classifier_arguments(images):
     assert model(images[:, :1]).shape == (2, 7)
     assert model.forward_head(model.forward_features(images[:, :1]), pre_logits=True).shape == (2, 512)
     model.reset_classifier(11)
+    with pytest.raises(InputError, match="leaves no vector to classify"):
+        model.reset_classifier(3, global_pool="")  # and changes nothing
     assert (model.num_classes, model.get_classifier().out_features) == (11, 11)
     assert model(images[:, :1]).shape == (2, 11)
     model.reset_classifier(0)
@@ -232,7 +236,13 @@ def test_classifier_arguments(images):
     assert model(images[:, :1].double()).shape == (2, 3)
 
 
-def test_layer_scale_may_start_at_a_whole_number(images):
+def test_models_are_made_on_a_device_and_of_a_dtype_as_timms():
+    placed = {"device": "meta", "dtype": torch.bfloat16}
+    for model in (timm_metaformer.poolformer_s12(**placed), model_of("poolformer_s12", **placed, **SMALL)):
+        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_layer_scale_may_start_at_a_whole_number():
     assert (model_of("poolformer_s12", layer_scale_init=1).stages[0].blocks[0].layer_scale1 == 1).all()
 
 
@@ -364,9 +374,48 @@ def test_stage_arguments():
     assert type(model.norm) is metaformer.MLN
     with pytest.raises(InputError, match="token_mixers has 3 entries"):
         MetaFormer(token_mixers=mixers[:3])
-    for arguments in ({"token_mixers": [nn.Identity()] * 4}, {"norm_layers": nn.Identity()}, {"act_layer": "Identity"}):
+    wrong = [{"token_mixers": [nn.Identity()] * 4}, {"norm_layers": nn.Identity()}, {"act_layer": "Identity"}]
+    for arguments in (*wrong, {"token_mixers": "Pooling"}, {"norm_layers": ["BatchNorm2d"]}):
         with pytest.raises(InputError, match="does not make a layer: give a class"):
             MetaFormer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "remedy"),
+    [
+        ("img_size", [(3, 64, 64), 0, (64, -1)], "give the side of the images in pixels"),
+        ("drop_path_rate", [-0.1, 1.5], "give a probability from 0 to 1"),
+        ("mlp_ratio", [0, 0.01], "use a larger one, or None"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(name, values, remedy):
+    for value in values:
+        with pytest.raises(InputError, match=rf"{name}.*{re.escape(str(value))}.*{remedy}"):
+            MetaFormer(**SMALL, **{name: value})
+
+
+class Mapped(nn.Module):
+    """A token mixer of one's own, which applies a function."""
+
+    def __init__(self, dim, function):
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: x.mean((2, 3), keepdim=True), r"\(2, 8, 1, 1\)"),  # would be broadcast in silence
+        (lambda x: x[:, :1], r"\(2, 1, 19, 16\)"),
+        (lambda x: torch.cat([x, x], dim=1), r"\(2, 16, 19, 16\)"),
+        (lambda x: x.flatten(2).transpose(1, 2), r"\(2, 304, 8\)"),
+    ],
+)
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_mixer_that_does_not_keep_the_shape_is_refused(function, shape, residual, images):
+    model = MetaFormer(**SMALL, token_mixers=partial(Mapped, function=function), residual=residual)
+    with pytest.raises(InputError, match=rf"returned {shape} for maps of \(2, 8, 19, 16\)"):
+        model(images)
 
 
 def test_residual_and_channel_mlp_can_be_left_out(images):
@@ -422,6 +471,8 @@ def test_only_a_required_map_size_is_filled_in():
             super().__init__(dim, map_size, size)
 
     assert sizes(Unrelated) == [(None, 3)] * 4
+    assert not fixes_size(token_mixers=[Unrelated, nn.Identity])
+    assert all(fixes_size(**arguments) for arguments in ({"token_mixers": [Sized]}, {"pos_embeds": True}))
 
 
 @pytest.mark.parametrize("pool_size", [2, 0, -1])
@@ -489,9 +540,23 @@ def test_torch_fx(name):
     assert relative_error(network.eval()(images), model.eval()(images)) < 1e-5
 
 
-def test_features_only_through_fx():
-    model = model_of("poolformer_s12", features_only=True, feature_cls="fx")
-    assert [level.shape[1] for level in model(torch.randn(1, 3, 64, 64))] == [64, 128, 320, 512]
+@pytest.mark.parametrize("kind", ["getter", "list", "dict", "hook", "fx"])
+def test_features_only_through_all_of_timms_classes(kind, images):
+    arguments = {name: value for name, value in SMALL.items() if name != "num_classes"}
+    torch.manual_seed(0)
+    expected = model_of("poolformer_s12", **arguments).eval().forward_intermediates(images, intermediates_only=True)
+    torch.manual_seed(0)
+    model = model_of("poolformer_s12", features_only=True, feature_cls=kind, out_indices=(1, 3), **arguments)
+    levels = model.eval()(images)
+    for found, level in zip(levels.values() if kind == "dict" else levels, expected[1::2], strict=True):
+        assert relative_error(found, level) < 1e-5
+
+
+def test_timm_knows_that_a_mixer_fixes_the_size():
+    model = model_of("poolformer_s12", token_mixers=metaformer.SpatialFC, img_size=(64, 96), **SMALL)
+    assert resolve_input_data_config(model)["input_size"] == (3, 64, 96)
+    with pytest.raises(ValueError, match="the model requires"):
+        resolve_input_data_config(model, {"img_size": 224})
 
 
 def test_torch_hub():
