@@ -7,15 +7,13 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from metaformer.training.config import load_config
-from metaformer.training.engine import train
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -86,12 +84,31 @@ def pack(root: Path, pictures: Path, **shards: int) -> Path:
 
 def trained(*arguments: str) -> int:
     """What ``python classification/train.py ARGUMENTS`` does, in this process; returns the exit status."""
+    # Imported here, because the process that only distributes the tests to others does not need PyTorch.
+    from metaformer.training.config import load_config
+    from metaformer.training.engine import train
+
     return train(load_config(list(arguments)))
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("pictures"), val_images=9)
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory, pictures):
+    """shared_run("key=value", ...) gives the folder of a run, trained once for all tests, which may only read it."""
+
+    @cache
+    def shared_run(*settings: str) -> Path:
+        folder = tmp_path_factory.mktemp("shared")
+        (folder / "empty.yaml").write_text("")
+        given = (f"data_dir={pictures}", f"output={folder / 'run'}", *TINY, *settings)
+        assert trained(str(folder / "empty.yaml"), *given) == 0
+        return folder / "run"
+
+    return shared_run
 
 
 @pytest.fixture

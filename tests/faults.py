@@ -1,9 +1,9 @@
 """Injects faults: kills training runs and makes them fail, corrupts files, and records the losses.
 
-python tests/faults.py [--rounds N] [--seed S] [--only SEED] [--record FILE]
+python tests/faults.py [--rounds N] [--quick] [--seed S] [--only SEED] [--record FILE]
 
-Every fault is tried once in a round, those that take milliseconds ten times, and those of torchrun in every tenth
-round. A fault that comes after the end of a run does not count. A run that was killed or failed continues and must end
+Every fault is tried once in a round, those that take milliseconds ten times unless --quick is given, and those of
+torchrun in every tenth round. A fault that comes after the end of a run does not count. A run that was killed or failed continues and must end
 as an undisturbed run: with the same weights, optimizer, curve and events to the last bit. A corrupted file must be
 refused in one sentence or read as before, and nothing in it may be executed. A trial follows from its seed, and --only
 SEED repeats it; only kills after a time hit another moment then.
@@ -758,19 +758,20 @@ def campaign(lab: Lab, seeds: list[int]) -> list[dict[str, Any]]:
     return list(counts.values())
 
 
-def seeds_of(rounds: int, seed: int) -> list[int]:
+def seeds_of(rounds: int, seed: int, quick: bool) -> list[int]:
     return [
         seed * OF_A_CAMPAIGN + number * OF_A_FAULT + turn * fault.in_a_round + again
         for turn in range(rounds)
         for number, fault in enumerate(FAULTS)
         if (turn + 1) % fault.every == 0
-        for again in range(fault.in_a_round)
+        for again in range(1 if quick else fault.in_a_round)
     ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Inject faults into training runs and their files, and record losses.")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="each tries every fault (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="try every fault once only in a round")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the campaign (default: 0)")
     parser.add_argument("--only", type=int, metavar="SEED", help="repeat the trial of this seed")
     parser.add_argument("--record", type=Path, metavar="FILE", help="where the JSON record goes")
@@ -783,7 +784,7 @@ def main() -> int:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every run that continues
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
-        seeds = seeds_of(options.rounds, options.seed) if options.only is None else [options.only]
+        seeds = seeds_of(options.rounds, options.seed, options.quick) if options.only is None else [options.only]
         table = campaign(Lab(Path(root)), seeds)
     width = max(len(row["fault"]) for row in table)
     print(f"{'fault':{width}}  tried  survived  lost")

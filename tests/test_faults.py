@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
-from conftest import EVERYTHING_RANDOM, pack, trained
+from conftest import EVERYTHING_RANDOM, TINY, pack, trained
 from metaformer import InputError, provenance, records
 from metaformer.analysis import outputs
 from metaformer.analysis.measured import Measured
@@ -48,14 +48,24 @@ def place_of(path, tensor_bytes):
     return path.read_bytes().index(tensor_bytes)
 
 
-@pytest.fixture
-def two_epochs(run):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, pictures):
     """A run of 3 epochs that was stopped in the third: last.pt is of that step, previous.pt of the second's end."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "empty.yaml").write_text("")
+    settings = (f"data_dir={pictures}", f"output={folder / 'run'}", *TINY, *EVERYTHING_RANDOM, "epochs=3")
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, after=8)
-        folder = run(*EVERYTHING_RANDOM, "epochs=3", output="stopped", status=128 + signal.SIGTERM)
-    assert [read_checkpoint(folder / name)["step"] for name in ("last.pt", "previous.pt")] == [2, 0]
-    return folder
+        assert trained(str(folder / "empty.yaml"), *settings) == 128 + signal.SIGTERM
+    assert [read_checkpoint(folder / "run" / name)["step"] for name in ("last.pt", "previous.pt")] == [2, 0]
+    return folder / "run"
+
+
+@pytest.fixture
+def two_epochs(stopped, tmp_path, monkeypatch):
+    """A copy of that run to spoil, ``stopped`` in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(stopped, tmp_path / "stopped")
 
 
 def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
@@ -82,8 +92,8 @@ def test_a_compressed_file_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "another"])
-def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(damage, two_epochs, run, capsys):
-    whole = run(*EVERYTHING_RANDOM, "epochs=3")
+def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(damage, two_epochs, shared_run, capsys):
+    whole = shared_run(*EVERYTHING_RANDOM, "epochs=3")
     last = two_epochs / "last.pt"
     if damage == "flipped":
         flip(last, place_of(last, read_checkpoint(last)["state_dict"]["head.weight"].numpy().tobytes()))
@@ -132,8 +142,8 @@ def test_a_damaged_checkpoint_does_not_push_out_the_good_one(two_epochs, monkeyp
     assert (two_epochs / "last.pt").read_bytes() == good
 
 
-def test_killed_after_the_last_checkpoint_a_run_is_completed(run):
-    whole = run("epochs=2")
+def test_killed_after_the_last_checkpoint_a_run_is_completed(shared_run, tmp_path):
+    whole = shutil.copytree(shared_run(), tmp_path / "whole")
     metrics, record = (whole / "metrics.csv").read_text(), (whole / "run.json").read_text()
     (whole / "metrics.csv").write_text("".join(metrics.splitlines(keepends=True)[:-1]))
     (whole / "run.json").write_text(record.replace('"status": "finished"', '"status": "running"'))
@@ -431,8 +441,8 @@ def at_second_save(monkeypatch, action):
     monkeypatch.setattr(train.Trainer, "save", save)
 
 
-def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
-    whole = run()
+def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_the_last_checkpoint(run, shared_run, tmp_path, monkeypatch):
+    whole = shared_run()
     with monkeypatch.context() as patch:
         at_second_save(patch, lambda trainer: (trainer.output / "last.pt.tmp").symlink_to("/dev/full"))
         with pytest.raises(InputError, match=r"^cannot write full/last.pt: No space left on device$"):
@@ -483,8 +493,8 @@ def test_where_the_record_cannot_be_written_the_first_error_is_the_one_said(run,
         run("epochs=3")
 
 
-def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, tmp_path, monkeypatch):
-    whole = run(*EVERYTHING_RANDOM)
+def test_a_loader_process_that_is_killed_ends_the_run_in_a_sentence(run, shared_run, tmp_path, monkeypatch):
+    whole = shared_run(*EVERYTHING_RANDOM)
     original = train.Trainer.optimizer_step
 
     def step(self, batches):
@@ -551,7 +561,7 @@ def test_a_picture_that_vanishes_is_named(run, pictures, tmp_path, monkeypatch):
 
 def test_a_short_campaign_loses_nothing_and_fills_the_table(tmp_path):
     """The longer one is `make faults`."""
-    arguments = ["--rounds", "1", "--record", str(tmp_path / "record.json")]
+    arguments = ["--rounds", "1", "--quick", "--record", str(tmp_path / "record.json")]
     status, printed, error = Script("tests/faults.py", arguments, tmp_path).ended()
     assert status == 0, printed + error
     total = printed.splitlines()[-1].split()

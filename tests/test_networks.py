@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -84,15 +85,15 @@ def test_the_card_of_weights_within_an_epoch_states_no_accuracy(run, tmp_path, m
     assert "| Trained | 1 of 2 epochs on 24 pictures, seed 42 |" in card.text
 
 
-def test_converted_weights_beside_a_run_get_no_card(run, tmp_path):
-    folder = run()
+def test_converted_weights_beside_a_run_get_no_card(shared_run, tmp_path):
+    folder = shutil.copytree(shared_run(), tmp_path / "run")
     write(open_checkpoint(folder), "ours", folder / "weights.pt")
     write(open_checkpoint(folder / "weights.pt"), "timm-hf", tmp_path / "folder")
     assert not (tmp_path / "folder/README.md").exists()
 
 
-def test_a_damaged_record_of_the_run_is_refused(run, tmp_path):
-    folder = run()
+def test_a_damaged_record_of_the_run_is_refused(shared_run, tmp_path):
+    folder = shutil.copytree(shared_run(), tmp_path / "run")
     (folder / "run.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot read .*run\.json"):
         write(open_checkpoint(folder / "last.pt"), "timm-hf", tmp_path / "folder")

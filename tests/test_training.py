@@ -68,8 +68,8 @@ def listed(split):
     return subprocess.run(["bash", "-c", script], cwd=split, capture_output=True, text=True, check=True).stdout[:64]
 
 
-def test_run_folder(run, pictures):
-    folder = run("epochs=3", *EVERYTHING_RANDOM)
+def test_run_folder(shared_run, pictures):
+    folder = shared_run(*EVERYTHING_RANDOM, "epochs=3")
     assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3"]
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished"
@@ -107,11 +107,11 @@ def test_run_folder(run, pictures):
 
 
 @pytest.mark.parametrize(("step", "number"), [(2, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGUSR2)])
-def test_an_interrupted_run_continues_to_the_same_weights_and_curve(step, number, run, monkeypatch, capsys):
-    whole = run(*EVERYTHING_RANDOM, "workers=1")
+def test_an_interrupted_run_continues_to_the_same_weights_and_curve(step, number, run, shared_run, monkeypatch, capsys):
+    whole = shared_run(*EVERYTHING_RANDOM)
     with monkeypatch.context() as patch:
         interrupt(patch, after=step, number=number)
-        stopped = run(*EVERYTHING_RANDOM, output="stopped", status=128 + number)
+        stopped = run(*EVERYTHING_RANDOM, "workers=1", output="stopped", status=128 + number)
     assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
     assert "dist_train.sh stopped" in capsys.readouterr().out
     assert not same_weights(whole, stopped)
@@ -136,8 +136,8 @@ def test_every_step_counts_the_same_if_a_run_continues_in_other_passes(run, monk
     assert float(rows(stopped)[0]["train_loss"]) == pytest.approx(float(rows(whole)[0]["train_loss"]), rel=1e-4)
 
 
-def test_interrupted_while_validating(run, monkeypatch):
-    whole = run(*EVERYTHING_RANDOM)
+def test_interrupted_while_validating(run, shared_run, monkeypatch):
+    whole = shared_run(*EVERYTHING_RANDOM)
     original = train.Trainer.interruptible
 
     def signal_then_validate(self, batches):
@@ -153,10 +153,10 @@ def test_interrupted_while_validating(run, monkeypatch):
     assert losses(stopped) == losses(whole)
 
 
-def test_deterministic_changes_nothing_on_a_cpu_and_asks_pytorch_for_it(run, monkeypatch):
+def test_deterministic_changes_nothing_on_a_cpu_and_asks_pytorch_for_it(run, shared_run, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    whole = run(*EVERYTHING_RANDOM)
+    whole = shared_run(*EVERYTHING_RANDOM)
     assert not torch.are_deterministic_algorithms_enabled()
     try:
         folder = run(*EVERYTHING_RANDOM, "deterministic=true", output="deterministic")
@@ -232,15 +232,15 @@ def test_deterministic_runs_are_equal_on_a_gpu(run):
     assert same_weights(*folders)
 
 
-def test_the_number_of_loader_processes_changes_nothing_and_the_seed_does(run):
-    one = run(*EVERYTHING_RANDOM, "workers=0")
+def test_the_number_of_loader_processes_changes_nothing_and_the_seed_does(run, shared_run):
+    one = shared_run(*EVERYTHING_RANDOM)
     assert same_weights(one, run(*EVERYTHING_RANDOM, "workers=2", output="other"))
     assert not same_weights(one, run(*EVERYTHING_RANDOM, "seed=43", output="seed"))
 
 
-def test_accumulation_equals_one_large_batch(run):
+def test_accumulation_equals_one_large_batch(run, shared_run):
     """Without what is drawn per pass, the gradient of two passes is that of one twice as large."""
-    passes = run("device_batch=4")
+    passes = shared_run()  # of 4 pictures each
     whole = run("device_batch=8", output="whole")
     for a, b in zip(rows(passes), rows(whole), strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
@@ -333,15 +333,15 @@ def test_every_config_loads_and_names_a_model():
     assert all(timm.is_model(load_config([str(file)]).model) for file in files)
 
 
-def test_a_classifier_of_as_many_other_classes_is_refused(run, tmp_path):
-    first = run("epochs=1")
+def test_a_classifier_of_as_many_other_classes_is_refused(run, shared_run, tmp_path):
+    first = shared_run()
     draw(tmp_path / "other", classes="abd")
     with pytest.raises(InputError, match="only in the checkpoint: c; only in the data: d"):
         run(f"data_dir={tmp_path / 'other'}", f"checkpoint={first / 'best.pt'}", output="tuned")
 
 
-def test_fine_tuning_on_other_classes(run, tmp_path):
-    first = run()
+def test_fine_tuning_on_other_classes(run, shared_run, tmp_path):
+    first = shared_run()
     draw(tmp_path / "two", classes="xy")
     tuned = run(
         f"data_dir={tmp_path / 'two'}",
@@ -357,8 +357,8 @@ def test_fine_tuning_on_other_classes(run, tmp_path):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_run_continues_without_the_checkpoint_that_it_began_with(killed, run, monkeypatch):
-    first = run("epochs=1")
+def test_a_run_continues_without_the_checkpoint_that_it_began_with(killed, run, shared_run, tmp_path, monkeypatch):
+    first = shutil.copytree(shared_run(), tmp_path / "first")
     settings = [f"checkpoint={first / 'best.pt'}", "seed=43"]
     whole = run(*settings, output="whole")
     with monkeypatch.context() as patch:
@@ -411,8 +411,9 @@ def test_data_sets_of_every_kind(run, pictures, tmp_path):
 
 
 def test_a_run_continues_with_a_copy_of_its_data_and_says_if_a_picture_was_replaced(
-    run, pictures, tmp_path, monkeypatch, capsys
+    run, shared_run, pictures, tmp_path, monkeypatch, capsys
 ):
+    whole = shared_run()
     copy, mended = (shutil.copytree(pictures, tmp_path / name) for name in ("copy", "mended"))
     with (mended / "train" / "b" / "001.png").open("ab") as file:
         file.write(b"more bytes after the picture")
@@ -423,7 +424,7 @@ def test_a_run_continues_with_a_copy_of_its_data_and_says_if_a_picture_was_repla
     shutil.copytree(stopped, tmp_path / "other")
     assert trained("run", f"data_dir={copy}") == 0
     assert "warning" not in capsys.readouterr().err
-    assert same_weights(run(output="whole"), stopped)
+    assert same_weights(whole, stopped)
     assert trained("other", f"data_dir={mended}") == 0
     assert "warning: pictures have other names or sizes than when other was last trained" in capsys.readouterr().err
     starts = json.loads((tmp_path / "other" / "run.json").read_text())["starts"]
@@ -476,8 +477,8 @@ def test_validate_agrees_with_torchvisions_transforms(run, pictures, tmp_path):
     assert (record["settings"]["img_size"], record["settings"]["precision"]) == (32, "float32")
 
 
-def test_validate_takes_a_bare_checkpoint(run, pictures, tmp_path):
-    folder = run()
+def test_validate_takes_a_bare_checkpoint(shared_run, pictures, tmp_path):
+    folder = shared_run()
     torch.save(read_checkpoint(folder / "best.pt")["state_dict"], tmp_path / "bare.pth.tar")
     settings = ["model=poolformer_s12", f"data_dir={pictures}", TINY[0], "img_size=32", "workers=0"]
     bare = validated([str(tmp_path / "bare.pth.tar"), *settings], tmp_path / "bare.json")

@@ -193,9 +193,10 @@ def test_class_folders_that_differ(run, pictures, tmp_path):
         run(f"data_dir={root}")
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("content", [b"", b"no picture", "truncated"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("split", "content", "workers"),
+    [("train", b"", 0), ("train", "truncated", 1), ("val", "truncated", 0), ("val", b"no picture", 1)],
+)
 def test_unreadable_picture_is_named(split, content, workers, run, pictures, tmp_path):
     root = copied(pictures, tmp_path / "data")
     file = root / split / "b" / "001.png"
@@ -281,8 +282,8 @@ def test_label_out_of_range():
         ([], r"has a classifier of 3 classes and the model one of 2: use replace_head=true"),
     ],
 )
-def test_checkpoints_that_do_not_fit(settings, sentence, run, tmp_path):
-    best = run("epochs=1") / "best.pt"
+def test_checkpoints_that_do_not_fit(settings, sentence, run, shared_run, tmp_path):
+    best = shared_run() / "best.pt"
     draw(tmp_path / "two", classes="ab")
     settings = [f"data_dir={tmp_path / 'two'}", "global_batch=4", f"checkpoint={best}", "epochs=1", *settings]
     if sentence is None:
@@ -355,6 +356,16 @@ def test_a_lock_ends_with_its_process_and_not_with_those_of_the_loader(tmp_path)
         assert loader.is_alive()
     loader.kill()
     loader.join()
+
+
+def test_the_command_is_the_process_of_its_script(tmp_path):
+    """So that it gets the signals that are sent to the script."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $$ $@\n")
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "classification/dist_train.sh"), "a.yaml", "lr=1"]
+    script = subprocess.Popen(command, env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.PIPE, text=True)
+    assert script.communicate()[0] == f"{script.pid} {ROOT}/classification/launch.py a.yaml lr=1\n"
 
 
 def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
