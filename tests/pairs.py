@@ -27,7 +27,7 @@ class Ended(NamedTuple):
 
 FRESH = multiprocessing.get_context("forkserver")
 """Starts processes from one that has imported PyTorch and has no threads of it, unlike the one that runs the tests."""
-FRESH.set_forkserver_preload(["metaformer.training.engine", "torch.distributed.run"])
+FRESH.set_forkserver_preload(["metaformer.training.engine", "torch.distributed.run", "pytest", "unittest.mock"])
 
 
 class Signal(NamedTuple):

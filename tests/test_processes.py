@@ -3,22 +3,26 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-import submitit
+import submitit.core._submit
 import timm
 import torch
 import torch.distributed.run
 import yaml
+from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from submitit.slurm.test_slurm import mocked_slurm
 from torch.distributed.run import config_from_args
 
-from conftest import EVERYTHING_RANDOM, TINY, draw, pack, run_script, wait_for, wait_until
+from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, pack, run_script, wait_for, wait_until
 from metaformer.training import distributed, slurm
 from metaformer.training.config import load_config
 from metaformer.training.distributed import Processes
@@ -112,41 +116,44 @@ def test_two_processes_validate_each_picture_of_a_stream_once(run, pictures, tmp
     assert float(rows(tmp_path / "two")[0]["val_loss"]) == pytest.approx(float(rows(one)[0]["val_loss"]), rel=1e-5)
 
 
-def launch(pictures: Path, folder: Path, **environment: str) -> Script:
-    """Start a run of two processes that would take long; returns when it has ended its first epoch."""
-    settings = [f"data_dir={pictures}", *TINY, "epochs=500", "output=run"]
-    (folder / "empty.yaml").write_text("")
-    launcher = Script("classification/launch.py", ["empty.yaml", *settings], folder, GPUS="2", **environment)
-    wait_for(folder / "run" / "metrics.csv")
-    return launcher
-
-
 def workers_of(launcher: Script) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
-def test_a_signal_to_the_launcher_of_two_processes_saves(pictures, tmp_path):
-    launcher = launch(pictures, tmp_path)
+def test_after_a_kill_two_processes_restart_from_the_last_checkpoint_and_a_signal_to_the_launcher_saves(
+    pictures, tmp_path
+):
+    """The run of two processes would take long; what follows begins when it has ended its first epoch."""
+    settings = [f"data_dir={pictures}", *TINY, "epochs=500", "output=run"]
+    (tmp_path / "empty.yaml").write_text("")
+    launcher = Script("classification/launch.py", ["empty.yaml", *settings], tmp_path, GPUS="2", RESTARTS="1")
+    run, record = tmp_path / "run", tmp_path / "run" / "run.json"
+    wait_for(run / "metrics.csv")
+    first = workers_of(launcher)
+    epoch = len(rows(run))
+    os.kill(first[1], signal.SIGKILL)
+    wait_until(lambda: len(json.loads(record.read_text())["starts"]) == 2 and len(rows(run)) > epoch)
+    assert not {*first} & {*workers_of(launcher)}
     launcher.send_signal(signal.SIGUSR2)
     status, out, err = launcher.ended()
     assert (status, err) == (128 + signal.SIGUSR2, "")
     assert "SIGUSR2: saved epoch" in out
-    assert 0 < read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] < 500
+    assert epoch < read_checkpoint(run / "last.pt")["epoch"] < 500
+    assert [row["epoch"] for row in rows(run)] == [str(i + 1) for i in range(len(rows(run)))]
 
 
-def test_after_a_kill_the_processes_restart_from_the_last_checkpoint_as_often_as_asked(pictures, tmp_path):
-    launcher, record = launch(pictures, tmp_path, RESTARTS="1"), tmp_path / "run" / "run.json"
-    first = workers_of(launcher)
-    epoch = len(rows(tmp_path / "run"))
-    os.kill(first[1], signal.SIGKILL)
-    wait_until(lambda: len(json.loads(record.read_text())["starts"]) == 2 and len(rows(tmp_path / "run")) > epoch)
-    second = workers_of(launcher)
-    assert not {*first} & {*second}
-    os.kill(second[1], signal.SIGKILL)
-    status, _, err = launcher.ended()
-    assert (status, err) == (128 + signal.SIGKILL, "error: process 1 was killed by SIGKILL\n")
-    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] > epoch
-    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(i + 1) for i in range(len(rows(tmp_path / "run")))]
+def test_killed_processes_start_again_as_often_as_asked(tmp_path):
+    """Programs in the place of train.py, of which the second is killed each time."""
+    shutil.copy(ROOT / "classification/launch.py", tmp_path)
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, signal\n"
+        "rank, restarts = os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "pathlib.Path(f'started-{restarts}-{rank}').touch()\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if rank == '1' else signal.pause()\n"
+    )
+    launcher = Script(tmp_path / "launch.py", [], tmp_path, GPUS="2", RESTARTS="1")
+    assert launcher.ended() == (128 + signal.SIGKILL, "", "error: process 1 was killed by SIGKILL\n")
+    assert {path.name for path in tmp_path.glob("started-*-1")} == {"started-0-1", "started-1-1"}
 
 
 def test_the_launcher_waits_until_a_run_has_saved(monkeypatch):
@@ -196,23 +203,29 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     assert workers == [9, 4, 2, 1]
 
 
-def test_a_preempted_slurm_job_continues(pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.yaml").write_text("")
-    settings = ["empty.yaml", f"data_dir={pictures}", *TINY, "epochs=20", "output=run"]
-    executor = submitit.LocalExecutor(tmp_path / "logs")
-    executor.update_parameters(timeout_min=9, gpus_per_node=1, tasks_per_node=1, nodes=1)
-    job = executor.submit(slurm.TrainingJob([*settings, "--resume"], 1))
-    wait_for(tmp_path / "run" / "metrics.csv")
-    # Slurm signals the task; the local executor's controller, whose process is the job's, is no part of a cluster.
-    [task] = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
-    assert b"\0CUDA_VISIBLE_DEVICES=0\0" in Path(f"/proc/{task}/environ").read_bytes()
-    os.kill(int(task), signal.SIGUSR2)
-    job.result()
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "finished"
-    assert len(record["starts"]) == 2
-    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch + 1) for epoch in range(20)]
+def test_a_preempted_slurm_job_continues(tmp_path):
+    """submitit's task, twice. A program in the place of bash saves on SIGTERM and ends when it finds what it saved."""
+    bash = tmp_path / "bash"
+    bash.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" "$GPUS $NNODES $NODE_RANK $MASTER_ADDR $PORT $PYTHON $CUDA_VISIBLE_DEVICES" >> started\n'
+        "trap 'touch saved; exit 143' TERM\n"
+        "until [ -e saved ]; do sleep 0.02; done\n"
+    )
+    bash.chmod(0o755)
+    job = DelayedSubmission(slurm.TrainingJob(["run", "--resume"], 2))
+    job.set_timeout(60, 0)
+    job.dump(JobPaths(tmp_path, job_id="7").submitted_pickle)
+    environment = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0,1"}
+    for status in (LOCAL_REQUEUE_RETURN_CODE, 0):
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        task = Script(submitit.core._submit.__file__, [str(tmp_path)], tmp_path, PATH=path, **environment)
+        if status:
+            wait_for(tmp_path / "started")
+            task.send_signal(signal.SIGUSR2)
+        assert task.ended()[0] == status
+    started = f"{slurm.SCRIPT} run --resume 2 1 0 127.0.0.1 {20000 + 7} {sys.executable} 0,1"
+    assert (tmp_path / "started").read_text().splitlines() == [started] * 2
 
 
 @pytest.mark.parametrize(
