@@ -5,12 +5,15 @@ import io
 import json
 import weakref
 from copy import deepcopy
+from functools import partial
 from itertools import product
 from statistics import median
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import timm
+import timm.models.metaformer as timm_metaformer
 import torch
 from torch import nn
 from torch._inductor import config as inductor
@@ -68,8 +71,19 @@ def test_all_forms_are_the_same_model():
     assert relative_error(logits["timm"], logits["plain"]) > 1e-3
 
 
-def test_files_are_the_same_model():
-    small = cell(batch=2)
+def test_files_are_the_same_model(monkeypatch):
+    """Of one block in each stage."""
+    build = timm_metaformer.poolformer_s12
+
+    def shallow() -> nn.Module:
+        model = build()
+        for stage in model.stages:
+            stage.blocks = stage.blocks[:1]
+        return model
+
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depths=[1, 1, 1, 1]))
+    monkeypatch.setattr(timm_metaformer, "poolformer_s12", shallow)
+    small = cell(batch=3)  # no other test has this cell, whose weights and outputs are kept
     compared = entries(small, ["fused", "folded", "timm"], contestants.EXPORTED)
     assert [(entry.form, entry.runtime) for entry in compared] == [*product(["folded", "timm"], contestants.EXPORTED)]
     for entry in compared:
@@ -251,13 +265,10 @@ def test_rates_are_of_this_machine(monkeypatch):
 
 def test_resident_memory_is_that_of_weights_and_maps():
     weights = 4 * 11_915_176  # timm's parameters
-    few, many = (
-        benchmark.resident_bytes(contestants.Entry("timm", "eager", "contiguous"), cell("training", batch=batch))
-        for batch in (1, 33)
-    )
-    assert few > 2 * weights  # and their gradients
-    kept = benchmark.saved_bytes(contestants.contestant(entries(cell("training"), ["timm"])[0], cell("training")))
-    assert 0.8 * 32 * kept < many - few < 3 * 32 * kept
+    (entry,) = entries(cell("training"), ["timm"])
+    maps = 64 * benchmark.saved_bytes(contestants.contestant(entry, cell("training")))
+    found = benchmark.resident_bytes(entry, cell("training", batch=64))
+    assert 2 * weights + 0.8 * maps < found < 3 * weights + 3 * maps  # weights and their gradients
 
 
 # The record and the table
