@@ -3,10 +3,10 @@
 python tests/faults.py [--rounds N] [--quick] [--seed S] [--only SEED] [--record FILE]
 
 Every fault is tried once in a round, those that take milliseconds ten times unless --quick is given, and those of
-torchrun in every tenth round. A fault that comes after the end of a run does not count. A run that was killed or failed continues and must end
-as an undisturbed run: with the same weights, optimizer, curve and events to the last bit. A corrupted file must be
-refused in one sentence or read as before, and nothing in it may be executed. A trial follows from its seed, and --only
-SEED repeats it; only kills after a time hit another moment then.
+torchrun in every tenth round. A fault that comes after the end of a run does not count. A run that was killed or failed
+continues and must end as an undisturbed run: with the same weights, optimizer, curve and events to the last bit. A
+corrupted file must be refused in one sentence or read as before, and nothing in it may be executed. A trial follows
+from its seed, and --only SEED repeats it; only kills after a time hit another moment then.
 """
 
 import argparse
