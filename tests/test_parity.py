@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from conftest import ROOT, TINY
 from metaformer import convert
-from metaformer.analysis import parity
+from metaformer.analysis import official, parity
 from metaformer.records.schema import Clone
 from metaformer.training.batches import seed_everything
 from metaformer.training.config import CONFIGS, Config, load_config
@@ -39,7 +39,7 @@ def test_cutmix_boxes_lose_the_odd_pixel_of_todays_timm():
     odd = 0
     for number, lam in enumerate(rng.random(300)):
         boxes = []
-        for box in (parity.pinned_box, rand_bbox):
+        for box in (official.pinned_box, rand_bbox):
             np.random.seed(number)
             boxes.append(np.array(box((3, 37, 37), lam)))
         is_odd = int(37 * np.sqrt(1 - lam)) % 2
@@ -60,7 +60,7 @@ def test_mixing_gives_the_values_of_fast_collate_mixup(mode):
         np.random.seed(number)
         mixed, targets = Mixing(**options)(images, labels)
         np.random.seed(number)
-        with patch("timm.data.mixup.rand_bbox", parity.pinned_box):
+        with patch("timm.data.mixup.rand_bbox", official.pinned_box):
             expected = FastCollateMixup(**options)(list(zip(images.numpy().copy(), labels.tolist(), strict=True)))
         assert torch.equal(mixed, expected[0].float())
         assert torch.equal(targets, expected[1])

@@ -75,10 +75,9 @@ def missing_of(results: Results) -> tuple[int, int]:
 
 def cost_of(name: str, results: Results) -> str:
     missing, planned = missing_of(results)
-    hardware = " and ".join(dict.fromkeys(record.hardware.device for record in results.records))
+    hardware = "; ".join(dict.fromkeys(record.hardware.device for record in results.records))
     hours = sum(record.wall_s or 0 for record in results.records) / 3600
-    partial = f"; partial, {missing} of the {planned} planned are missing" if missing else ""
-    return f"{name}: {len(results.records)} runs, {hours:.1f} hours in all, on {hardware}{partial}."
+    return f"{name}: {planned - missing} of the {planned} planned runs, {hours:.1f} hours in all, on {hardware}."
 
 
 def conclusions(measured: Measured) -> Table:
