@@ -77,8 +77,12 @@ def read_checkpoint(source: str | Path) -> dict:
     path = locate(source)
     try:
         with path.open("rb") as file:
-            if file.read(9)[8:] == b"{":  # the length of safetensors' JSON header, and its beginning
-                return load_file(path)
+            begins = file.read(9)
+    except OSError as error:  # later ones are of damaged files: zipfile seeks to where there is nothing
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        if begins[8:] == b"{":  # the length of safetensors' JSON header, and its beginning
+            return load_file(path)
         if zipfile.is_zipfile(path):  # torch.load ignores checksums, which the format of PyTorch before 1.6 lacks
             with zipfile.ZipFile(path) as file:
                 if file.testzip() or any(record.compress_type for record in file.infolist()):
@@ -87,8 +91,6 @@ def read_checkpoint(source: str | Path) -> dict:
         allowed = [each for each in PLAIN_DATA + history_of_mmengine() if each not in there]
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a file that is not a checkpoint makes the unpickler fail in any way
         says = "is not a checkpoint or is damaged: get or save it again"
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # a class or function
