@@ -118,7 +118,7 @@ class MetaFormerBlock(nn.Module):
 @torch.fx.wrap
 def check_shape(branch: Tensor, x: Tensor) -> None:
     """Raise an ``InputError`` if a branch does not have the shape of its input: it might be broadcast in silence."""
-    if not torch.jit.is_scripting() and branch.shape != x.shape:
+    if not (torch.jit.is_scripting() or torch.jit.is_tracing()) and branch.shape != x.shape:
         shapes = f"{tuple(branch.shape)} for maps of {tuple(x.shape)}"
         raise InputError(f"a token mixer or channel MLP returned {shapes}: both have to keep the shape (B, C, H, W)")
 
