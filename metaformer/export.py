@@ -1,5 +1,6 @@
 """Export a model or its backbone to ONNX or torch.export, and compare the file with the model."""
 
+import json
 import textwrap
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -43,7 +44,8 @@ def export_opened(opened: Opened, to: str, target: Path, sides: list[int] | None
     if features and not isinstance(model, MetaFormer):
         raise InputError(f"{opened.name} is not a MetaFormer: export it without --features")
     model = FeatureGetterNet(model, out_indices=len(model.stages)).eval() if features else model
-    return export(model, size, to, target)
+    facts = {"model": opened.name, "size": size, **opened.inputs, "class_names": opened.class_names}
+    return export(model, size, to, target, json.dumps(facts))
 
 
 def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
@@ -76,11 +78,14 @@ def text(size: Size) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
+def export(model: nn.Module, size: Size, to: str, target: Path, facts: str = "{}") -> str:
     """Write ``model`` (in eval mode) to ``target``; returns a report of the input shapes and of the largest error.
 
     The batch size is dynamic, and so are height and width unless the model fixes them. torch.export treats maps of one
     position differently from larger ones. If the last map has a side of one, its file is for this ``size`` only.
+
+    Args:
+        facts: JSON that the file keeps under the name ``metaformer``.
 
     Raises:
         InputError: PyTorch cannot export the model, or the file cannot be written or computes something else.
@@ -101,7 +106,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     images = torch.randn(2, channels, *traced)
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
     try:
-        content, exported = (onnx if to == "onnx" else torch_export)(model, images, dims)
+        content, exported = (onnx if to == "onnx" else torch_export)(model, images, dims, facts)
     except Exception as error:  # a model is code, and PyTorch refuses what it cannot trace in many ways
         reason = textwrap.shorten(str(error), 200)
         raise InputError(f"PyTorch cannot export this {type(backbone).__name__} to {to}: {reason}") from error
@@ -120,22 +125,25 @@ def export(model: nn.Module, size: Size, to: str, target: Path) -> str:
     )
 
 
-def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim]) -> tuple[bytes, Exported]:
+def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], facts: str) -> tuple[bytes, Exported]:
     """The content of an ONNX file, and a function that runs it."""
     import onnxruntime
 
     outputs = [f"level{i}" for i in model.out_indices] if isinstance(model, FeatureGetterNet) else ["logits"]
     names = {"input_names": ["images"], "output_names": outputs}
     program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=(dims,), verbose=False, **names)
-    content = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    proto.metadata_props.add(key="metaformer", value=facts)
+    content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda given: tuple(map(torch.from_numpy, session.run(None, {"images": given.numpy()})))
 
 
-def torch_export(model: nn.Module, images: Tensor, dims: dict[int, Dim]) -> tuple[bytes, Exported]:
+def torch_export(model: nn.Module, images: Tensor, dims: dict[int, Dim], facts: str) -> tuple[bytes, Exported]:
     """The content of a file of ``torch.export.save``, and a function that runs it."""
     file = BytesIO()
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=(dims,)), file)
+    program = torch.export.export(model, (images,), dynamic_shapes=(dims,))
+    torch.export.save(program, file, extra_files={"metaformer": facts})
     exported = torch.export.load(BytesIO(file.getvalue())).module()
     return file.getvalue(), lambda given: as_tuple(exported(given))
 

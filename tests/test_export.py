@@ -1,5 +1,6 @@
 """Exported files against the model they were made from, at other batches and sizes than they were traced at."""
 
+import json
 import re
 import sys
 
@@ -39,6 +40,14 @@ def outputs_of(file, to, images):
     return {"logits": values} if isinstance(values, torch.Tensor) else {f"level{i}": v for i, v in enumerate(values)}
 
 
+def facts_of(file, to):
+    if to == "onnx":
+        return json.loads(onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map["metaformer"])
+    files = {"metaformer": ""}
+    torch.export.load(file, extra_files=files)
+    return json.loads(files["metaformer"])
+
+
 def assert_same(outputs, references):
     assert list(outputs) == list(references)
     for name, reference in references.items():
@@ -48,13 +57,22 @@ def assert_same(outputs, references):
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_run_at_other_batches_and_sizes(exported, tmp_path, to):
-    model = save_run(tmp_path / "run")
+    model = save_run(tmp_path / "run", mean=(0.5, 0.4, 0.3), interpolation="bilinear")
     file = tmp_path / "exported" / "file.pt2"
     report = exported(tmp_path / "run", "--to", to, "--out", file, "--size", 64, 96)
     smallest = 32 if to == "onnx" else 35
     assert f"images (batch, 3, height, width) from {smallest} pixels a side" in report
     assert f"batches of 1 and 3 at 64 x 96 and {smallest} x 141 pixels" in report
     assert list(file.parent.iterdir()) == [file]
+    assert facts_of(file, to) == {
+        "model": "poolformer_s12",
+        "size": [64, 96],
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.229, 0.224, 0.225],
+        "class_names": ["a", "b", "c"],
+    }
     for shape in ((1, 3, 64, 96), (5, 3, 77, 45), (2, 3, smallest, smallest)):
         images = torch.randn(shape)
         assert_same(outputs_of(file, to, images), {"logits": model(images)})
