@@ -127,6 +127,8 @@ def main() -> None:
     path = options.record or Path("runs", f"benchmark-{options.model}-{datetime.now():%Y%m%d-%H%M%S}.json")
     with writing(path):  # now, not after the first measurements
         path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise InputError(f"--record {path} is a folder: give the path of a file")
     for record in benchmark(cells, options.rounds, options.seconds, options.memory or options.growth):
         write_json(path, record)
         print(report(Benchmark.model_validate(record)), flush=True)

@@ -590,6 +590,7 @@ def test_all_forms_that_a_model_has_are_compared_unless_told_otherwise():
         (["--memory-format", "nchw"], "argument --memory-format: invalid choice: 'nchw'"),
         (["--device", "gpu"], "argument --device: invalid choice: 'gpu'"),
         (["--record", "/dev/null/record.json"], "cannot write /dev/null/record.json"),
+        (["--record", "."], "--record . is a folder: give the path of a file"),
         (
             ["metaformer_s12_identity", "--forms", "folded", "--tasks", "inference", "--size", 64],
             "there is nothing to fold",

@@ -211,13 +211,14 @@ def test_training_stops_at_a_loss_that_is_not_finite(segmentor, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"model.backbone.dims": [8, 16, 16, 16]}, "model.neck.in_channels is [8, 16, 24, 32], but the levels of the"),
         ({"model.decode_head.num_classes": 7}, "model.decode_head.num_classes is 7, but the data set has 3: use"),
         ({"model.decode_head.ignore_index": 0}, "model.decode_head.ignore_index is 0, but the data set has 255: use"),
         ({"train_dataloader.dataset.ignore_index": 0}, "data_preprocessor.seg_pad_val is 255, but the data set has 0"),
         ({"val_evaluator.ignore_index": 0}, "val_evaluator.ignore_index is 0, but val_dataloader ignores 255: give"),
     ],
 )
-def test_classes_and_ignored_labels_are_the_same_everywhere(segmentor, tmp_path, changes, says):
+def test_levels_classes_and_ignored_labels_are_the_same_everywhere(segmentor, tmp_path, changes, says):
     with pytest.raises(InputError, match=re.escape(says)):
         runner(segmentor[0], tmp_path / "run", **changes).train()
 

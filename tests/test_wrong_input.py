@@ -5,11 +5,13 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conftest import ROOT, TINY, draw, pack, trained
-from metaformer import InputError
+from metaformer import InputError, MetaFormer, open_checkpoint
 from metaformer.training import engine as train
 from metaformer.training.batches import Batch, checked
 from metaformer.training.checkpoints import locked
@@ -26,6 +28,7 @@ from metaformer.training.data import load_data, open_split
 from metaformer.training.distributed import Processes
 from metaformer.training.loader import share_shards
 from metaformer.weights import read_checkpoint
+from oracles import save_run
 from pairs import Script
 
 
@@ -154,6 +157,44 @@ def test_the_batch_that_is_proposed_for_few_pictures_suits_mixup(run, tmp_path):
     data = draw(tmp_path / "few", train_images=9)
     with pytest.raises(InputError, match=r"larger than the 9 training images: use global_batch=8 or less"):
         run(f"data_dir={data}", "global_batch=10", "mixup=0.8")
+
+
+def test_a_gpu_with_too_little_memory(run, command, pictures, tmp_path, monkeypatch):
+    def fails(self, x):
+        if len(x) > 2:  # the check of the input takes one image
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(self, x)
+
+    forward = MetaFormer.forward
+    save_run(tmp_path / "run", data_dir=str(pictures), workers=0)
+    monkeypatch.setattr(MetaFormer, "forward", fails)
+    says = "the GPU has too little memory for {} images at once: use a smaller device_batch=, or --batch of predict.py"
+    with pytest.raises(InputError, match=says.format(4)):
+        run("device_batch=4", output="out")
+    assert json.loads(Path("out/run.json").read_text())["status"] == "failed"
+    for arguments in (["validate.py", tmp_path / "run"], ["predict.py", pictures, "--checkpoint", tmp_path / "run"]):
+        status, _, error = command(f"classification/{arguments[0]}", *arguments[1:])
+        assert (status, re.match(f"error: {says.format('[0-9]+')}\n", error) is not None) == (2, True), error
+
+
+@pytest.mark.parametrize("name", ["stages.0.blocks.0.mlp.fc1.weight", "head.bias"])
+def test_weights_that_are_not_finite(name, pictures, tmp_path):
+    save_run(tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run/best.pt")
+    checkpoint["state_dict"][name].view(-1)[-1] = float("inf")
+    torch.save(checkpoint, tmp_path / "run/best.pt")
+    with pytest.raises(InputError, match=rf"best\.pt has weights that are not finite, such as {name}: use an earlier"):
+        open_checkpoint(tmp_path / "run")
+
+
+def test_outputs_that_are_not_finite(pictures, tmp_path, command):
+    save_run(tmp_path / "run", data_dir=str(pictures), workers=0)
+    checkpoint = torch.load(tmp_path / "run/best.pt")
+    checkpoint["state_dict"]["head.weight"].fill_(3e38)
+    torch.save(checkpoint, tmp_path / "run/best.pt")
+    status, printed, error = command("classification/validate.py", tmp_path / "run")
+    assert (status, printed) == (2, "")
+    assert re.match(r"error: the outputs of \S+best\.pt are not finite, so that they rank no classes: use", error)
 
 
 def test_empty_data_folder(run, tmp_path):

@@ -17,7 +17,7 @@ from metaformer.formats import StateDict, recognised
 from metaformer.mm.checkpoint import from_official_pyramid, load_from_path_or_url, rename_official
 from metaformer.model import MLN, MetaFormer, per_stage
 from metaformer.variants import variant_arguments
-from metaformer.weights import differences, listed, weights_of
+from metaformer.weights import check_finite, differences, listed, weights_of
 from metaformer.weights.described import check_trained_as
 
 
@@ -122,6 +122,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
             prefix = ""  # a classifier, whose backbone.norm6 is the norm before its head and not one of a level
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         weights = from_official_pyramid(weights)
+        check_finite(weights, source)
         own = self.state_dict()
         problems = differences(own, weights)
         new = {name for name in problems["missing"] if name.startswith("out_norms.")}
@@ -165,6 +166,7 @@ def checked_weights(model: nn.Module, checkpoint: dict, source: str, part: str =
         if isinstance(module, MetaFormerBackbone):
             check_trained_as(module.variant, module.arguments, checkpoint, source)
             rename_official(module, weights, f"{name}.")
+    check_finite(weights, source)
     own, given = ({n: t for n, t in each.items() if n.startswith(part)} for each in (model.state_dict(), weights))
     problems = differences(own, given)
     if any(problems.values()):

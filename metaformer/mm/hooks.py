@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from metaformer.errors import InputError
-from metaformer.mm.backbone import checked_weights
+from metaformer.mm.backbone import MetaFormerBackbone, checked_weights
 from metaformer.mm.config import evaluators, settings_of_test
 from metaformer.mm.data import check_masks
 from metaformer.provenance import provenance, sha256, write_json
@@ -41,8 +41,8 @@ class InputChecks(Hook):
       them under ``model`` are loaded as well. For fine-tuning (``load_from`` without ``resume``), heads and classes may
       differ; the log states the differences. A run resumes only from a checkpoint that also has the state of the
       optimizer, without which mmengine would start a new one in the middle of the schedule.
-    - Heads for another number of classes, another label for ignored pixels, data sets with other classes, an evaluator
-      of other data, and a schedule that does not fit the training.
+    - A neck for levels of other channels, heads for another number of classes, another label for ignored pixels, data
+      sets with other classes, an evaluator of other data, and a schedule that does not fit the training.
     - A loss that is not finite, before a checkpoint is written.
     """
 
@@ -77,6 +77,7 @@ class InputChecks(Hook):
     def before_train(self, runner: Runner) -> None:
         ours = runner.train_dataloader.dataset.metainfo
         check_heads(runner.model, runner.train_dataloader.dataset)
+        check_neck(runner.model)
         check_crops(runner)
         check_schedule(runner)
         for split in ("val", "test"):
@@ -127,6 +128,16 @@ def check_heads(model: nn.Module, dataset: Dataset) -> None:
                         f"model.{name}.{key} is {theirs}, but the data set has {ours}: use --cfg-options "
                         f"model.{name}.{key}={ours}"
                     )
+
+
+def check_neck(model: nn.Module) -> None:
+    """Raise if the neck takes levels of other channels than those of a :class:`MetaFormerBackbone`."""
+    backbone, neck = (getattr(bare(model), part, None) for part in ("backbone", "neck"))
+    theirs = getattr(neck, "in_channels", None)
+    if isinstance(backbone, MetaFormerBackbone) and isinstance(theirs, list):
+        ours = [backbone.feature_info[i]["num_chs"] for i in backbone.out_indices]
+        if sorted(ours) != sorted(theirs):  # some necks take the last level first
+            raise InputError(f"model.neck.in_channels is {theirs}, but the levels of the backbone have {ours}")
 
 
 def check_crops(runner: Runner) -> None:

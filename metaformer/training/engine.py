@@ -24,7 +24,15 @@ from metaformer.training.data import HASHES, load_data
 from metaformer.training.distributed import Processes, StopSignal, join
 from metaformer.training.evaluation import evaluate
 from metaformer.training.loader import loader_processes, train_loader, val_loader
-from metaformer.training.model import autocast, build_model, normaliser, precision_on, released_weights, with_input_of
+from metaformer.training.model import (
+    autocast,
+    build_model,
+    enough_memory,
+    normaliser,
+    precision_on,
+    released_weights,
+    with_input_of,
+)
 from metaformer.training.runlog import NoLog, RunLog
 
 
@@ -215,7 +223,8 @@ class Trainer:
         start = time.perf_counter() - progress.seconds
         while progress.step < self.steps:
             self.scheduler.step_update(progress.epoch * self.steps + progress.step)
-            self.optimizer_step(batches)
+            with enough_memory(self.device_batch):
+                self.optimizer_step(batches)
             progress.step += 1
             progress.seconds = time.perf_counter() - start
             self.log.stepped(progress.epoch)

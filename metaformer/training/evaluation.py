@@ -1,5 +1,6 @@
 """Top-1, top-5 and cross-entropy of a model on a validation split, and a record of them with its provenance."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
@@ -18,7 +19,7 @@ from metaformer.training.config import Config
 from metaformer.training.data import load_data
 from metaformer.training.distributed import Processes, join
 from metaformer.training.loader import loader_processes, val_loader
-from metaformer.training.model import autocast, match_classes, normaliser, precision_on
+from metaformer.training.model import autocast, enough_memory, match_classes, normaliser, precision_on
 from metaformer.weights import Opened
 
 
@@ -30,7 +31,7 @@ def outputs(
     normalise, cast = normaliser(config, device), autocast(config, device)
     for images, labels in batches:
         if len(labels):  # otherwise all pictures of the batch were skipped
-            with cast:
+            with enough_memory(len(labels)), cast:
                 logits = model(normalise(images))
             yield logits.float(), labels.to(device, non_blocking=True)
 
@@ -97,6 +98,8 @@ def validate(opened: Opened, config: Config, progress: Callable) -> tuple[dict[s
     skips = skipped if config.bad_pictures == "skip" else None
     with loader_processes(loader):
         metrics = evaluate(model, progress(loader), data.summary["val_images"], config, processes, skips)
+    if not math.isfinite(metrics["loss"]):
+        raise InputError(f"the outputs of {source} are not finite, so that they rank no classes: use precision=float32")
     names = {"model_args", "img_size", "crop_pct", "interpolation", "mean", "std", "seed"}
     precision = precision_on(config, processes.device)
     training = {name: opened.config[name] for name in Config.model_fields if name in (opened.config or ())} or None

@@ -1,7 +1,7 @@
 """Build the model, the input normalisation and the precision of a run from its settings."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -160,3 +160,15 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
     if precision == "float16" and device.type == "cpu":
         raise InputError("precision=float16 needs a GPU: use float32 or bfloat16 on a CPU")
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+@contextmanager
+def enough_memory(images: int) -> Iterator[None]:
+    """Raise an ``InputError`` if the block, which computes on ``images`` at once, runs out of a GPU's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU has too little memory for {images} images at once: use a smaller device_batch=, or --batch of "
+            "predict.py"
+        ) from error

@@ -52,6 +52,7 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
     for name, value in given.items():
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{source} is no checkpoint of a model: {name!r} is a {type(value).__name__}, no tensor")
+    check_finite(given, source)
     problems = differences(own, given)
     in_head = {name for names in problems.values() for name in names if str(name).startswith(head)}
     if any(names - in_head for names in problems.values()):
@@ -65,6 +66,13 @@ def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_hea
             says = f"has a classifier of {classes} classes and the model one of {model.num_classes}"
         raise InputError(f"{source} {says}: use replace_head=true to start with a new classifier")
     model.load_state_dict({name: (own if name in in_head else given)[name] for name in own})
+
+
+def check_finite(weights: StateDict, source: str) -> None:
+    """Raise an ``InputError`` that names ``source`` if a weight is not finite, as in a run that diverged."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{source} has weights that are not finite, such as {name}: use an earlier checkpoint")
 
 
 def adaptable(state_dict: StateDict, model: MetaFormer) -> StateDict:
