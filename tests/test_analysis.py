@@ -95,6 +95,10 @@ def test_macs_of_configs_equal_those_of_torchs_counter(config, monkeypatch):
     assert size == (3, 128, 96)
     images = torch.zeros(1, 3, 128, 96, device="meta")
     assert macs_of_matrices(counted) == macs_by_torch(model.to("meta"), images)
+    regions = {"bbox_head": (7, 256, 7, 7), "mask_head": (3, 256, 14, 14)} if hasattr(model, "roi_head") else {}
+    for head, shape in regions.items():
+        macs = macs_by_torch(model.roi_head.get_submodule(head), torch.zeros(shape, device="meta"))
+        assert counted["parts"][f"roi_head.{head}"]["macs"] == macs
     built = Config.fromfile(path)
     init_default_scope(built.default_scope)
     with torch.device("cpu" if "pvt" in config else "meta"):  # mmdet's PVT computes as it is built
