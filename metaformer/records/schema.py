@@ -1,10 +1,10 @@
-"""Fields and consistency rules of result records."""
+"""Fields of result records that the tables read or that tell where a result comes from, with their types and ranges."""
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 from metaformer.errors import InputError
 from metaformer.provenance import read_json
@@ -49,16 +49,13 @@ class Provenance(Part):
 class Data(Part):
     classes: Positive
     images: Positive | None = None
-    val_images: Positive | None = None
     train_sha256: str | None = None
     val_sha256: str | None = None
 
 
 class Settings(Part):
     img_size: Positive | None = None
-    crop_pct: float | None = None
     model_args: dict[str, Any] = {}
-    seed: int | None = None
     study: str | None = None
     row: str | None = None
 
@@ -71,30 +68,14 @@ class Weights(Part):
 # Evaluations
 
 
-def check_percent(name: str, percent: float, images: int) -> None:
-    """Refuse an accuracy that is not a whole number of images, such as a fraction in place of a percentage."""
-    right = percent / 100 * images
-    if abs(right - round(right)) > 0.001:
-        raise ValueError(f"{name} is {percent}, which is not a percentage of {images} images")
-
-
 class Top(Part):
     top1: Percent
     top5: Percent
     images: Positive
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> "Top":
-        if self.top1 > self.top5:
-            raise ValueError(f"top1 is {self.top1} and top5 is {self.top5}: top1 cannot be larger")
-        check_percent("top1", self.top1, self.images)
-        check_percent("top5", self.top5, self.images)
-        return self
-
 
 class TrainedFor(Part):
     epochs: Positive
-    seed: int
 
 
 class Evaluation(Provenance):
@@ -111,37 +92,22 @@ class Classification(Evaluation):
     metrics: Top
 
 
-def in_percent(metrics: dict[str, float]) -> dict[str, float]:
-    if 0 < metrics.get("aAcc", 0) <= 1:
-        raise ValueError(f"aAcc is {metrics['aAcc']}: the metrics are percentages, and these seem to be fractions")
-    return metrics
+class Dense(Evaluation):
+    """A test of mmdet or mmseg."""
 
-
-class Detection(Evaluation):
-    kind: Literal["detection"]
+    kind: Literal["detection", "segmentation"]
     settings: dict[str, Any]
     """Those of the config on which the figures depend, see :func:`metaformer.mm.config.settings_of_test`."""
-    metrics: dict[str, Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]]
-    """Fractions; mmdet writes -1 where there are no objects of a size."""
-
-
-class Segmentation(Evaluation):
-    kind: Literal["segmentation"]
-    settings: dict[str, Any]
-    metrics: Annotated[dict[str, Percent], AfterValidator(in_percent)]
+    metrics: dict[str, FiniteFloat]
+    """As the toolbox gives them: mmdet's are fractions, and -1 where there are no objects of a size; mmseg's are in
+    percent."""
 
 
 # Training
 
 
 class Epoch(Part):
-    epoch: Positive | None = None
     top1: Percent
-
-
-class Epochs(Part):
-    done: Count
-    planned: Positive
 
 
 class Training(Part):
@@ -156,32 +122,19 @@ class Training(Part):
     seed: int | None
     starts: Annotated[list[Provenance], Field(min_length=1)]
     settings: Settings
-    epochs: Epochs | None = None
     curve: list[Epoch] = Field(default_factory=list)
     skipped: dict[str, Count] = Field(default_factory=dict)
     """Number of unreadable pictures left out of each split."""
 
     @model_validator(mode="after")
-    def _is_consistent(self) -> "Training":
+    def _has_a_result(self) -> "Training":
         study = self.settings.study is not None
         if self.status == "failed" or (self.status == "diverged" and not study):
             raise ValueError(f"the run {self.status}: {self.error}")
         if study and self.status not in ("finished", "diverged"):
             raise ValueError(f"a run of a study must be done, and this one is {self.status}")
-        if study and self.seed is None:
-            raise ValueError("a run of a study must have a seed")
         if self.status != "diverged" and (self.images_per_s is None or (study and not self.curve)):
             raise ValueError("the run has not finished an epoch")
-        if self.settings.seed not in (None, self.seed):
-            raise ValueError(f"seed is {self.seed}, but settings.seed is {self.settings.seed}")
-        numbers = [epoch.epoch or i for i, epoch in enumerate(self.curve, start=1)]
-        last = self.epochs.done if self.epochs else len(numbers)
-        if numbers and numbers != list(range(1, last + 1)):
-            raise ValueError(f"the curve does not have the epochs 1 to {last}")
-        if self.status == "finished" and self.epochs and self.epochs.done != self.epochs.planned:
-            raise ValueError(f"the run is finished, but only after {self.epochs.done} of {self.epochs.planned} epochs")
-        for epoch in self.curve if self.data.val_images and not self.skipped.get("validation") else []:
-            check_percent("top1 in the curve", epoch.top1, self.data.val_images)
         return self
 
     @property
@@ -196,17 +149,9 @@ class Training(Part):
 # Speed of models and of the loader
 
 
-class BenchmarkSettings(Part):
-    rounds: Positive
-    seed: int
-
-
 class Floor(Part):
-    """Work of a batch and the least time that it takes."""
-
-    macs: Positive
-    bytes: Positive
     seconds: Amount
+    """Least time that a batch takes."""
 
 
 class Entry(Part):
@@ -227,15 +172,6 @@ class Contestant(Entry):
     """On a GPU, the memory that a call allocates; on a CPU, the resident memory that model and calls add."""
 
 
-def took_turns(contestants: list[Contestant]) -> list[Contestant]:
-    if len({len(contestant.seconds) for contestant in contestants}) > 1:
-        raise ValueError("the contestants do not have equally many rounds")
-    entries = {(contestant.form, contestant.runtime, contestant.memory_format) for contestant in contestants}
-    if len(entries) < len(contestants):
-        raise ValueError("a contestant occurs twice")
-    return contestants
-
-
 class Cell(Part):
     """Contestants that took turns at one task on one batch."""
 
@@ -245,16 +181,13 @@ class Cell(Part):
     size: tuple[Positive, Positive]
     precision: str
     device: Literal["cpu", "cuda"]
-    rates: dict[Literal["macs_per_s", "bytes_per_s"], Amount]
-    """Rates of large matrix products and copies on the machine."""
     floor: Floor
-    contestants: Annotated[list[Contestant], AfterValidator(took_turns)]
+    contestants: list[Contestant]
     absent: list[Absent] = Field(default_factory=list)
 
 
 class Benchmark(Provenance):
     kind: Literal["benchmark"]
-    settings: BenchmarkSettings
     cells: Annotated[list[Cell], Field(min_length=1)]
 
     def device(self, cell: Cell) -> str:
@@ -298,21 +231,10 @@ class Fault(Part):
     tried: Count
     survived: Count
     lost: Count
-    seeds: list[int]
-    """Seeds of the lost ones."""
-
-    @model_validator(mode="after")
-    def _adds_up(self) -> "Fault":
-        if self.survived + self.lost != self.tried or len(self.seeds) != self.lost:
-            raise ValueError("survived and lost do not add up to tried")
-        return self
 
 
 class Faults(Provenance):
     kind: Literal["faults"]
-    model: str
-    rounds: Positive
-    seed: Count
     faults: Annotated[list[Fault], Field(min_length=1)]
 
 
@@ -358,7 +280,7 @@ class Parity(Provenance):
     departures: list[Departure]
 
 
-Record = Classification | Detection | Segmentation | Training | Benchmark | Loading | Faults | Parity
+Record = Classification | Dense | Training | Benchmark | Loading | Faults | Parity
 SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
@@ -384,10 +306,7 @@ def without_machine_paths(value: Any) -> Any:
 
 def load(path: Path) -> dict[str, Any]:
     """The content of a record, with all absolute paths cut to their last part."""
-    try:
-        return without_machine_paths(read_json(path))
-    except RecursionError as error:
-        raise InputError(f"cannot read {path}: it is nested too deeply") from error
+    return without_machine_paths(read_json(path))
 
 
 def parse(record: Any, path: Path) -> Record:
