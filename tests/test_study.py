@@ -104,19 +104,16 @@ def test_a_study_runs_once_and_becomes_a_table(study, data, tmp_path, forked, ca
     records = {file.stem: file for file in results.glob("tiny/*.json")}
     assert records.keys() == runs.keys()
     measured = Measured(results)
-    assert measured.problems == []
     rows = {row["row"]: row for row in studies.proxy(measured).rows}
     top1 = [runs[f"baseline-{seed}"]["curve"][-1]["top1"] for seed in (0, 1)]
     assert rows["baseline"]["top-1 in the study, %"].value.value == pytest.approx(sum(top1) / 2)
     assert (str(rows["pppa"]["runs"]), str(rows["pppa"]["top-1 in the paper, %"])) == ("1", "78.3")
 
     records["pppa-1"].write_text(records["pppa-1"].read_text().replace('"lr": 0.002', '"lr": 0.004'))
-    (results / "copy.json").write_text(records["baseline-0"].read_text())
-    found = Measured(results)  # the runs that fit are shown
-    assert found.studies["tiny"].runs[["row", "seed"]].to_numpy().tolist() == [["baseline", 0], ["baseline", 1]]
-    again, other = found.problems
-    assert f"{records['baseline-0']} is a second record of its row and seed: remove one" in again
-    assert "tiny has a record of row pppa, seed 1 with lr=0.004, and the study has 0.002" in other
+    with pytest.raises(
+        InputError, match=r"tiny has a record of row pppa, seed 1 with lr=0.004, and the study has 0.002"
+    ):
+        Measured(results)
 
 
 def test_a_run_that_diverges_is_a_result(study, data, tmp_path, forked, capsys):
@@ -125,7 +122,6 @@ def test_a_run_that_diverges_is_a_result(study, data, tmp_path, forked, capsys):
     assert "baseline-0: diverged (the loss was not finite" in capsys.readouterr().out
     import_records([tmp_path / "out"], tmp_path / "results")
     measured = Measured(tmp_path / "results")
-    assert measured.problems == []
     assert measured.studies["tiny"].top1.to_dict() == {"baseline": {0: 100 / 3}}
     assert studies.proxy(measured).rows[0]["runs"] == "1, 1 diverged"
 

@@ -14,11 +14,11 @@ from metaformer.analysis.cells import Mean, Measurement
 from metaformer.analysis.count import ROOT
 from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
-from metaformer.records import Benchmark, Record, Training, read_record
+from metaformer.records import Record, Training, read_record
 from metaformer.records.schema import Classification, Dense, Evaluation
 from metaformer.records.statistics import Results, student
 from metaformer.training.config import CONFIGS, load_config, read_yaml
-from metaformer.variants import ABLATIONS, VARIANTS
+from metaformer.variants import ABLATIONS
 from metaformer.weights.opener import INPUTS
 
 EXECUTION = {"epochs", "seed", "data_dir", "device_batch", "precision", "expected_top1"}
@@ -28,26 +28,20 @@ EXECUTION = {"epochs", "seed", "data_dir", "device_batch", "precision", "expecte
 class Measured:
     """All records in ``folder``: single ones by kind, oldest first, and studies by name.
 
-    ``problems`` has a message for each record that cannot be used.
+    Raises:
+        InputError: a record is damaged, or the tables cannot show it.
     """
 
     def __init__(self, folder: Path):
         self.records: dict[str, list[Record]] = defaultdict(list)
-        self.problems: list[str] = []
         runs: dict[str, dict[tuple[str, int], Training]] = defaultdict(dict)
-        for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*/*.json")):
-            try:
-                record = read_record(path)
-                check_record(record, path)
-                if isinstance(record, Training) and (study := record.settings.study):
-                    if runs[study].setdefault((record.settings.row, record.seed), record) is not record:
-                        raise InputError(f"{path} is a second record of its row and seed: remove one")
-                elif record in self.records[record.kind]:
-                    raise InputError(f"{path} duplicates a record of another name: remove one")
-                else:
-                    self.records[record.kind].append(record)
-            except InputError as error:
-                self.problems.append(str(error))
+        for path in sorted(folder.rglob("*.json")):
+            record = read_record(path)
+            check_record(record, path)
+            if isinstance(record, Training) and (study := record.settings.study):
+                runs[study][record.settings.row, record.seed] = record
+            else:
+                self.records[record.kind].append(record)
         for kind, records in self.records.items():
             self.records[kind] = latest(sorted(records, key=lambda record: record.date))
         self.studies = {name: Results(name, list(of.values())) for name, of in sorted(runs.items())}
@@ -119,9 +113,6 @@ def check_record(record: Record, path: Path) -> None:
         Results(record.settings.study, [record])
     elif isinstance(record, Evaluation | Training):
         check_row(record, path)
-    for cell in record.cells if isinstance(record, Benchmark) else []:
-        if cell.model not in VARIANTS:
-            raise InputError(f"{path}: there is no model {cell.model!r}{nearest(cell.model, VARIANTS)}")
 
 
 def check_row(record: Evaluation | Training, path: Path) -> None:
