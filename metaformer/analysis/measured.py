@@ -15,7 +15,7 @@ from metaformer.analysis.count import ROOT
 from metaformer.analysis.paper import BUILT, key_of, paper, rows_of
 from metaformer.errors import InputError, nearest
 from metaformer.records import Record, Training, read_record
-from metaformer.records.schema import Classification, Dense, Evaluation
+from metaformer.records.schema import Evaluation
 from metaformer.records.statistics import Results, student
 from metaformer.training.config import CONFIGS, load_config, read_yaml
 from metaformer.variants import ABLATIONS
@@ -59,7 +59,7 @@ class Measured:
         by_file: dict[str, list[float]] = defaultdict(list)
         for kind in ("classification", "detection", "segmentation"):
             for record in self.of_model(kind, build):
-                value = dict(record.metrics).get(metric, -1)
+                value = record.metrics.get(metric, -1)
                 if epochs_of(record) == epochs and value >= 0:
                     by_file[source_of(record)].append(100 * value if metric.startswith("coco/") else value)
         texts = []
@@ -86,7 +86,7 @@ def latest(records: list[Record]) -> list[Record]:
 
 def epochs_of(record: Evaluation) -> int:
     """Epochs that the weights were trained for; the paper's 300 if the record does not state them."""
-    return record.training.epochs if isinstance(record, Classification) and record.training else 300
+    return record.training.epochs if record.training else 300
 
 
 def source_of(record: Evaluation) -> str:
@@ -95,7 +95,7 @@ def source_of(record: Evaluation) -> str:
     Baselines have no config of their own and are compared with the recipe of all models.
     """
     file = record.checkpoint.file if record.checkpoint else "no checkpoint"
-    if not isinstance(record, Classification) or not record.training:
+    if not record.training:
         return file
     model = key_of(record.model)
     config = CONFIGS.parent / ("ablations" if model in ABLATIONS else "classification") / f"{model}.yaml"
@@ -128,20 +128,20 @@ def check_row(record: Evaluation | Training, path: Path) -> None:
     if isinstance(record, Evaluation):
         fields["kind"] = record.kind, data["kind"]
         fields["data.classes"] = record.data.classes, data["classes"]
-        images = record.metrics.images if isinstance(record, Classification) else record.data.images
-        fields["images"] = images, data["images"]
-    if data["kind"] == "classification" and isinstance(record, Classification | Training):
+        # Of a classifier, without unreadable pictures.
+        fields["images"] = record.metrics.get("images", record.data.images), data["images"]
+    if data["kind"] == "classification" and record.kind in ("classification", "training"):
         fields["settings.img_size"] = record.settings.img_size, row.get("image", 224)
         fields["settings.model_args"] = record.settings.model_args, {}
-    if isinstance(record, Classification) and data["kind"] == record.kind:
+    if record.kind == data["kind"] == "classification":
         own = json.loads(json.dumps(get_pretrained_cfg(record.model).to_dict()))
         given = record.settings.model_dump(exclude_none=True)
         fields |= {f"settings.{name}": (given[name], own[name]) for name in INPUTS if name in given}
     for field, (found, expected) in fields.items():
         if found != expected:
             raise InputError(f"{path}: {field} is {found}, but {table} has {expected}")
-    for part, own in test_settings(row["build"]).items() if isinstance(record, Dense) else []:
-        if record.settings.get(part) != own:
+    for part, own in test_settings(row["build"]).items() if record.kind in ("detection", "segmentation") else []:
+        if getattr(record.settings, part, None) != own:
             raise InputError(f"{path}: settings.{part} is not that of {row['build']}: test without --tta or changes")
     known = sorted({300, *(of["epochs"] for of in rows_of("table7") if of["build"] == model)})
     if isinstance(record, Evaluation) and epochs_of(record) not in known:

@@ -10,7 +10,6 @@ from metaformer.errors import InputError
 from metaformer.provenance import read_json
 from metaformer.training.config import Count, Positive
 
-Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -68,46 +67,29 @@ class Weights(Part):
 # Evaluations
 
 
-class Top(Part):
-    top1: Percent
-    top5: Percent
-    images: Positive
-
-
 class TrainedFor(Part):
     epochs: Positive
 
 
 class Evaluation(Provenance):
+    kind: Literal["classification", "detection", "segmentation"]
     model: str
     checkpoint: Weights | None
+    training: TrainedFor | None = None
+    """Settings of the run that trained the weights, if they are known."""
     data: Data
-
-
-class Classification(Evaluation):
-    kind: Literal["classification"]
-    checkpoint: Weights
-    training: TrainedFor | None
     settings: Settings
-    metrics: Top
-
-
-class Dense(Evaluation):
-    """A test of mmdet or mmseg."""
-
-    kind: Literal["detection", "segmentation"]
-    settings: dict[str, Any]
-    """Those of the config on which the figures depend, see :func:`metaformer.mm.config.settings_of_test`."""
+    """Of a toolbox, those of the config on which the figures depend, see
+    :func:`metaformer.mm.config.settings_of_test`."""
     metrics: dict[str, FiniteFloat]
-    """As the toolbox gives them: mmdet's are fractions, and -1 where there are no objects of a size; mmseg's are in
-    percent."""
+    """Accuracies in percent; those of mmdet are fractions, and -1 where there are no objects of a size."""
 
 
 # Training
 
 
 class Epoch(Part):
-    top1: Percent
+    top1: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
 class Training(Part):
@@ -280,7 +262,7 @@ class Parity(Provenance):
     departures: list[Departure]
 
 
-Record = Classification | Dense | Training | Benchmark | Loading | Faults | Parity
+Record = Evaluation | Training | Benchmark | Loading | Faults | Parity
 SCHEMA = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
