@@ -598,11 +598,11 @@ def test_wrong_arguments(arguments, says, tmp_path, monkeypatch, command):
 
 
 def test_what_a_machine_lacks_is_said(tmp_path, monkeypatch, command):
-    def none():
+    def none(model):
         raise InvalidCxxCompiler()
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(contestants, "get_cpp_compiler", none)
+    monkeypatch.setattr(torch, "compile", none)
     monkeypatch.setitem(benchmark.SIDE, "cpu", 64)
     monkeypatch.setitem(benchmark.COPIED, "cpu", 2**16)
     small = ("--size", 64, "--batch", 1, "--forms", "fused", "--device", "cpu")

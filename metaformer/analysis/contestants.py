@@ -15,7 +15,6 @@ import timm
 import timm.models.metaformer
 import torch
 from torch import Tensor, nn
-from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.nn import functional as F
 
 import metaformer
@@ -182,8 +181,6 @@ def contestant(entry: Entry, cell: Cell) -> Contestant:
         raise InputError("oneDNN has no bfloat16 products on this processor")
     model = build(entry.form, entry.memory_format, cell)
     images = given(cell).images.to(memory_format=LAYOUTS[entry.memory_format])
-    if entry.runtime == "compiled" and cell.device == "cpu":
-        get_cpp_compiler()  # raises without one
     network = torch.compile(model) if entry.runtime == "compiled" else model
 
     def forward() -> Tensor:
