@@ -6,7 +6,6 @@ import runpy
 import shlex
 import signal
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.run import parse_args, run
 
 from metaformer.errors import InputError, run_command
 from metaformer.provenance import cores
+from metaformer.training.checkpoints import resumable
 from metaformer.training.distributed import STOP_SIGNALS
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -35,7 +35,6 @@ def main() -> int:
     node, port = number("NODE_RANK", 0, least=0), number("PORT", 29500)
     restarts = number("RESTARTS", 0, least=0)
     os.environ["METAFORMER_COMMAND"] = shlex.join(["bash", "classification/dist_train.sh", *arguments])
-    os.environ["METAFORMER_START"] = f"{datetime.now():%Y%m%d-%H%M%S}"
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, cores() // processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -57,6 +56,7 @@ def main() -> int:
         options += [f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"]
     if restarts:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        arguments = resumable(arguments)
     logging.disable(logging.ERROR)  # report() prints failures in one line instead of torchrun
     try:
         run(parse_args([*options, str(TRAIN), *arguments]))

@@ -1,10 +1,9 @@
 """Submit a training run to a Slurm cluster. A preempted or timed-out job saves, is queued again and continues."""
 
 import argparse
-from datetime import datetime
 
 from metaformer.errors import InputError, run_command
-from metaformer.training.config import load_config
+from metaformer.training.checkpoints import resumable
 from metaformer.training.slurm import TrainingJob, submit
 
 
@@ -24,9 +23,7 @@ def main() -> None:
     options, settings = parser.parse_known_args()
     if min(options.nodes, options.gpus, options.cpus_per_gpu, options.time) < 1:
         raise InputError("--nodes, --gpus, --cpus-per-gpu and --time are whole numbers from 1")
-    if load_config(settings).output is None:
-        settings.append(f"output=runs/{datetime.now():%Y%m%d-%H%M%S}")  # so that a job that is queued again finds it
-    job = TrainingJob([*settings, "--resume"], options.gpus)
+    job = TrainingJob(resumable(settings), options.gpus)
     [submitted] = submit([job], options.logs, options.partition, options.nodes, options.cpus_per_gpu, options.time)
     print(f"job {submitted.job_id}; log: {submitted.paths.stdout}")
 

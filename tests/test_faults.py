@@ -153,6 +153,19 @@ def test_killed_after_the_last_checkpoint_a_run_is_completed(shared_run, tmp_pat
     assert not list(whole.glob("*.tmp"))
 
 
+def test_stopped_before_its_first_checkpoint_a_run_begins_with_the_settings_now_given(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise InputError("cannot write")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "save", fail)
+        with pytest.raises(InputError, match="cannot write"):
+            run("epochs=1")
+    folder = run("epochs=1", "lr=0.001", "--resume")
+    assert load_config([str(folder)]).lr == 0.001
+    assert read_checkpoint(folder / "last.pt")["config"]["lr"] == 0.001
+
+
 def test_a_run_begun_before_a_setting_existed_continues(two_epochs):
     config = two_epochs / "config.yaml"
     config.write_text(

@@ -20,6 +20,7 @@ import yaml
 from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from submitit.slurm.test_slurm import mocked_slurm
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args
 
 from conftest import EVERYTHING_RANDOM, ROOT, TINY, draw, pack, run_script, wait_for, wait_until
@@ -158,12 +159,27 @@ def test_killed_processes_start_again_as_often_as_asked(tmp_path):
 
 def test_the_launcher_waits_until_a_run_has_saved(monkeypatch):
     """Nearly as long as Slurm waits, and not the 30 seconds of torchrun."""
+    assert 100 < launched(monkeypatch, "empty.yaml")[0].shutdown_timeout < 120
+
+
+def launched(monkeypatch, *arguments) -> tuple[LaunchConfig, list[str]]:
+    """What torchrun makes of the launcher's options, and the arguments of train.py."""
     given = []
-    monkeypatch.setattr(torch.distributed.run, "run", lambda args: given.append(config_from_args(args)[0]))
+    monkeypatch.setattr(torch.distributed.run, "run", lambda args: given.extend(config_from_args(args)))
     monkeypatch.setattr(logging, "disable", lambda level: None)  # the tests that follow read logs
     monkeypatch.setenv("GPUS", "2")
-    assert run_script("classification/launch.py", "empty.yaml") == 0
-    assert 100 < given[0].shutdown_timeout < 120
+    assert run_script("classification/launch.py", *arguments) == 0
+    configuration, _, (_, _, *given) = given  # after "-u" and train.py
+    return configuration, given
+
+
+@pytest.mark.parametrize(("setting", "output"), [("output=mine", "mine"), ("epochs=2", "runs/poolformer_s12-")])
+def test_processes_that_are_restarted_find_the_run_in_its_folder(setting, output, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESTARTS", "1")
+    (tmp_path / "empty.yaml").write_text("")
+    _, arguments = launched(monkeypatch, str(tmp_path / "empty.yaml"), setting)
+    config = load_config(arguments)
+    assert (config.output.startswith(output), config.resume) == (True, True)
 
 
 def test_machines_agree_on_what_decides_when_they_meet(pictures, tmp_path, monkeypatch):
@@ -235,7 +251,7 @@ def test_a_preempted_slurm_job_continues(tmp_path):
         (["empty.yaml", "--output", "runs/x"], "runs/x"),
         (["empty.yaml", "--output=runs/x"], "runs/x"),
         (["empty.yaml", "output=runs/x"], "runs/x"),
-        (["empty.yaml"], "runs/20"),
+        (["empty.yaml"], "runs/poolformer_s12-"),
     ],
 )
 def test_a_submitted_run_has_the_folder_that_was_asked_for(given, output, tmp_path, monkeypatch):
@@ -254,7 +270,7 @@ def test_a_submitted_run_has_the_folder_that_was_asked_for(given, output, tmp_pa
     assert run_script("classification/submit.py", "--gpus", 2, *given, "warmup_epochs=7") == 0
     config = load_config(jobs[0].arguments)
     assert (config.output.startswith(output), config.resume, config.warmup_epochs, jobs[0].gpus) == (True, True, 7, 2)
-    assert output == "runs/20" or config.output == output
+    assert output.endswith("-") or config.output == output
 
 
 def test_what_cannot_run_is_not_submitted(tmp_path, monkeypatch, command):

@@ -71,7 +71,7 @@ def test_any_values_are_settings_or_refused(values, folder):
         return
     assert values.keys() <= Config.model_fields.keys()
     if not any(isinstance(value, float) and math.isnan(value) for value in leaves(config.model_dump())):
-        save_config(config, path, "# a comment")
+        save_config(config, path)
         assert load_config([str(path)]) == Config.model_validate(config.model_dump(mode="json"))
 
 

@@ -548,20 +548,6 @@ def test_the_ema_is_what_is_validated_and_averages_the_weights(run):
         assert torch.allclose(checkpoint["state_dict_ema"][name], (start[name] + value) / 2, atol=1e-6), name
 
 
-def test_started_again_by_torchrun_a_run_continues_its_own_folder_and_no_other(run, monkeypatch):
-    """Where the first attempt was refused, because the folder holds a run, so is the one after it."""
-    monkeypatch.setenv("METAFORMER_START", "20260101-000000")
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=2)
-        folder = run("epochs=2", status=128 + signal.SIGTERM)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run("epochs=2") == folder
-    assert [row["epoch"] for row in rows(folder)] == ["1", "2"]
-    monkeypatch.setenv("METAFORMER_START", "20260101-000001")  # another launcher
-    with pytest.raises(InputError, match="run already holds a run: add --resume to continue it"):
-        run("epochs=2")
-
-
 def test_the_curve_is_drawn_at_the_end_and_at_intervals(run, monkeypatch):
     drawn = []
     monkeypatch.setattr(runlog, "plot", lambda history, title: drawn.append(len(history)) or plot(history, title))

@@ -15,7 +15,7 @@ from typing import Any
 
 from metaformer.errors import InputError
 from metaformer.provenance import writing
-from metaformer.training.config import Config, check, read_yaml, save_config
+from metaformer.training.config import Config, check, load_config, save_config
 from metaformer.training.data import HASHES
 from metaformer.weights import read_checkpoint
 
@@ -94,15 +94,15 @@ def locked(folder: Path, wait: bool = False) -> Iterator[int]:
         yield file.fileno()
 
 
-def start_time() -> str:
-    """The start of the run, which the launcher sets once for all processes and their restarts, or else now."""
-    return os.environ.get("METAFORMER_START") or f"{datetime.now():%Y%m%d-%H%M%S}"
-
-
 def folder_of(config: Config) -> Path:
     """The run's folder, by default one named after the model, the data and the time."""
     data_name = Path(config.dataset or config.data_dir or "").name
-    return Path(config.output or f"runs/{config.model}-{data_name}-{start_time()}")
+    return Path(config.output or f"runs/{config.model}-{data_name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def resumable(arguments: list[str]) -> list[str]:
+    """The arguments of train.py with the run's folder and ``--resume``, which begin the run and also continue it."""
+    return [*arguments, f"output={folder_of(load_config(arguments))}", "--resume"]
 
 
 def has_state(folder: Path) -> bool:
@@ -120,21 +120,16 @@ def open_folder(config: Config, folder: Path, facts: dict[str, Any]) -> dict[str
         InputError: the folder contains a run without ``resume`` or with other settings or data, has no undamaged
             checkpoint, or cannot be written.
     """
-    path, comment = folder / "config.yaml", f"# begun {start_time()}"
-    if path.is_file():
-        # Processes that torchrun restarts after a failure continue the run that the same launcher began.
-        begun_here = path.read_text(encoding="utf-8", errors="replace").startswith(comment + "\n")
-        restarted = begun_here and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if not config.resume and not restarted:
-            raise InputError(f"{folder} already holds a run: add --resume to continue it, or give another output=")
-        check_same_settings(check(read_yaml(path), str(path)), config, folder)
-        with writing(folder):
-            for partial in folder.glob("*.tmp"):  # left by a killed process
-                partial.unlink()
-    else:
-        save_config(config, path, comment)
+    path = folder / "config.yaml"
+    if path.is_file() and not config.resume:
+        raise InputError(f"{folder} already holds a run: add --resume to continue it, or give another output=")
+    with writing(folder):
+        for partial in folder.glob("*.tmp"):  # left by a killed process
+            partial.unlink()
     if state := load_last(folder):
         check_same_run(state, config, facts, folder)
+    else:
+        save_config(config, path)
     return state
 
 

@@ -284,9 +284,8 @@ def short(value: Any) -> str:
     return form.repr(value)
 
 
-def save_config(config: Config, path: Path, comment: str) -> None:
-    text = yaml12.dump(config.model_dump(mode="json"))
-    write_file(path, f"{comment}\n{text}".encode())
+def save_config(config: Config, path: Path) -> None:
+    write_file(path, yaml12.dump(config.model_dump(mode="json")).encode())
 
 
 # Help

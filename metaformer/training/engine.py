@@ -71,10 +71,10 @@ class Trainer:
         hashes = {name: self.data.summary[name] for name in sorted(HASHES)}
         self.progress = checkpoints.Progress(starts=[{**provenance(), **hashes}])
         seed_everything(config.seed)
-        start = config
+        self.output = processes.from_main(lambda: checkpoints.folder_of(config))
         # The main process alone has the folder, and then the weights.
-        if processes.from_main(lambda: config.resume and checkpoints.has_state(checkpoints.folder_of(config))):
-            start = config.model_copy(update={"pretrained": False, "checkpoint": None})
+        self.continues = processes.from_main(lambda: config.resume and checkpoints.has_state(self.output))
+        start = config.model_copy(update={"pretrained": False, "checkpoint": None}) if self.continues else config
         self.model = model = build_model(start, self.data.num_classes, self.data.class_names)
         self.config = config = with_input_of(config, model)
         settings = config.model_dump(mode="json", exclude=checkpoints.MAY_CHANGE - {"bad_pictures", "log_interval"})
@@ -120,7 +120,6 @@ class Trainer:
         # Pictures skipped since the processes last communicated. None: nothing is skipped.
         self.skipped = {split: [] if config.bad_pictures == "skip" else None for split in self.progress.skipped}
         self.stop = StopSignal()
-        self.output = processes.from_main(lambda: checkpoints.folder_of(config))
         self.log = RunLog(self.output, self.facts(), self.epochs, self.steps) if processes.is_main else NoLog()
 
     def data_facts(self) -> dict[str, Any]:
@@ -376,6 +375,8 @@ class Trainer:
 
     def facts(self) -> dict[str, Any]:
         """The entries of run.json that stay the same throughout the run."""
+        # A run that continues needs the file of the released weights no longer.
+        earlier = checkpoints.read_run(self.output) if self.continues else {}
         return {
             "model": self.config.model,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -384,7 +385,6 @@ class Trainer:
             "devices": self.processes.world,
             "lr": self.lr,
             "seed": self.config.seed,
-            # A run that continues needs the file no longer.
-            "pretrained": checkpoints.read_run(self.output).get("pretrained") or released_weights(self.config),
+            "pretrained": earlier.get("pretrained") or released_weights(self.config),
             "settings": self.config.model_dump(mode="json"),
         }
