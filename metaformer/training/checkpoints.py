@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metaformer.errors import InputError
-from metaformer.provenance import writing
+from metaformer.provenance import read_json, writing
 from metaformer.training.config import Config, check, load_config, save_config
 from metaformer.training.data import HASHES
 from metaformer.weights import read_checkpoint
@@ -60,8 +59,8 @@ class Progress:
 def read_run(folder: Path) -> dict[str, Any]:
     """The content of run.json; empty if it is missing or damaged."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "run.json")
+    except InputError:
         return {}
 
 
