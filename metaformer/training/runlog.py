@@ -129,7 +129,7 @@ class RunLog:
         )
 
     def result(self, progress: Progress) -> None:
-        """Say what the run has reached and what to do next."""
+        """Say what the run has reached and how to validate it."""
         row, settings, data = best(progress.history), self.facts["settings"], self.facts["data"]
         skipped = {split: len(names) for split, names in progress.skipped.items()}
         paper = ""
@@ -148,11 +148,6 @@ class RunLog:
             f"folder    {self.folder}/ (curve.png, metrics.csv, best.pt, last.pt, run.json)",
             f"validate  python classification/validate.py {self.folder}",
         ]
-        if settings["dataset"] == "mnist5k":
-            lines.append(
-                "next      bash classification/dist_train.sh configs/classification/poolformer_s12.yaml "
-                "data_dir=/path/to/imagenet"
-            )
         self.say("\n".join(lines))
 
 
