@@ -71,7 +71,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(segmentor, tmp_path):
 def test_another_model_is_refused(segmentor, tmp_path):
     config, checkpoint = segmentor
     deeper = {"model.backbone.depths": [1, 1, 2, 1]}
-    with pytest.raises(InputError, match=r"iter_2\.pth holds another model than the config builds: 10 missing"):
+    with pytest.raises(InputError, match=r"iter_2\.pth holds another architecture than the model \(EncoderDecoder\): 10 missing"):
         runner(config, tmp_path / "a", load_from=str(checkpoint), **deeper).test()
     with pytest.raises(InputError, match="10 missing"):
         runner(config, tmp_path / "b", load_from=str(checkpoint), resume=True, **deeper).train()

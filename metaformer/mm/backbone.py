@@ -17,8 +17,8 @@ from metaformer.formats import StateDict, recognised
 from metaformer.mm.checkpoint import from_official_pyramid, load_from_path_or_url, rename_official
 from metaformer.model import MLN, MetaFormer, per_stage
 from metaformer.variants import variant_arguments
-from metaformer.weights import check_finite, differences, listed, weights_of
 from metaformer.weights.described import check_trained_as
+from metaformer.weights.loading import Differences, check_fit, weights_of
 
 
 @MODELS.register_module(name="MetaFormer")
@@ -122,23 +122,16 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
             prefix = ""  # a classifier, whose backbone.norm6 is the norm before its head and not one of a level
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         weights = from_official_pyramid(weights)
-        check_finite(weights, source)
-        own = self.state_dict()
-        problems = differences(own, weights)
-        new = {name for name in problems["missing"] if name.startswith("out_norms.")}
-        left_out = {name for name in problems["unexpected"] if self._not_needed(name)}
-        problems["missing"] -= new
-        problems["unexpected"] -= left_out
-        if any(problems.values()):
-            raise InputError(f"{source} does not fit the backbone {self.variant}: {listed(problems)}")
+        found = check_fit(self, weights, source, self._may_differ)
         self.load_state_dict(weights, strict=False)
+        new, tensors = found["missing"], len(self.state_dict())
         print_log(
-            f"{self.variant}: loaded {len(own) - len(new)} of {len(own)} tensors from {source}; "
-            f"new: {parts(new)}; left out: {parts(left_out)}",
+            f"{self.variant}: loaded {tensors - len(new)} of {tensors} tensors from {source}; "
+            f"new: {parts(new)}; left out: {parts(found['unexpected'])}",
             logger="current",
         )
 
-    def _not_needed(self, name: str) -> bool:
+    def _may_differ(self, name: str) -> bool:
         stage = re.match(r"stages\.(\d+)\.", name)
         return name.startswith(("head.", "norm.", "out_norms.")) or bool(stage and int(stage[1]) >= len(self.stages))
 
@@ -152,10 +145,11 @@ def parts(names: set[str]) -> str:
     return ", ".join(sorted({re.match(r"(stages|out_norms)\.\d+|\w+", name)[0] for name in names})) or "none"
 
 
-def checked_weights(model: nn.Module, checkpoint: dict, source: str, part: str = "") -> StateDict:
+def checked_weights(model: nn.Module, checkpoint: dict, source: str, part: str = "") -> tuple[StateDict, Differences]:
     """The weights in a checkpoint of a detector or segmentor, also an official one, under the names of ``model``.
 
-    Tensors whose name starts with ``part`` must be those of the model. mmengine loads what fits and ignores the rest.
+    Tensors whose name starts with ``part`` must be those of the model; the differences of the others are returned too.
+    mmengine loads what fits and ignores the rest.
 
     Raises:
         InputError: such a tensor is missing, unexpected or has another shape, or the backbone that was trained is
@@ -166,9 +160,4 @@ def checked_weights(model: nn.Module, checkpoint: dict, source: str, part: str =
         if isinstance(module, MetaFormerBackbone):
             check_trained_as(module.variant, module.arguments, checkpoint, source)
             rename_official(module, weights, f"{name}.")
-    check_finite(weights, source)
-    own, given = ({n: t for n, t in each.items() if n.startswith(part)} for each in (model.state_dict(), weights))
-    problems = differences(own, given)
-    if any(problems.values()):
-        raise InputError(f"{source} holds another model than the config builds: {listed(problems)}")
-    return weights
+    return weights, check_fit(model, weights, source, lambda name: not name.startswith(part))

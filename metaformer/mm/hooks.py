@@ -29,7 +29,7 @@ from metaformer.mm.backbone import MetaFormerBackbone, checked_weights
 from metaformer.mm.config import evaluators, settings_of_test
 from metaformer.mm.data import check_masks
 from metaformer.provenance import provenance, sha256, write_json
-from metaformer.weights import differences, listed
+from metaformer.weights.loading import listed
 
 
 @HOOKS.register_module()
@@ -51,12 +51,11 @@ class InputChecks(Hook):
         import metaformer.mm.patch_mmengine  # noqa: F401
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = bare(runner.model)
         source = str(runner._load_from or runner.work_dir)
         in_training = isinstance(runner._train_loop, BaseLoop)
         fine_tuning = in_training and not runner._resume
-        weights = checked_weights(model, checkpoint, source, part="backbone." if fine_tuning else "")
-        checkpoint["state_dict"] = weights
+        part = "backbone." if fine_tuning else ""
+        checkpoint["state_dict"], left_out = checked_weights(bare(runner.model), checkpoint, source, part)
         lost = [part for part in ("optimizer", "message_hub", "meta") if part not in checkpoint]
         if in_training and not fine_tuning and lost:
             raise InputError(
@@ -68,9 +67,8 @@ class InputChecks(Hook):
         other_classes = different_classes(loader.dataset.metainfo["classes"], classes) if classes else None
         if other_classes and not fine_tuning:
             raise InputError(f"{source} was trained on other classes than the config has: {other_classes}")
-        problems = differences(model.state_dict(), weights)
-        if any(problems.values()):
-            warn(f"{source}: not loaded are {listed(problems)}")
+        if any(left_out.values()):
+            warn(f"{source}: not loaded are {listed(left_out)}")
         elif other_classes:
             warn(f"{source}: the heads start from weights for other classes: {other_classes}")
 

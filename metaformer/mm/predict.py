@@ -32,7 +32,8 @@ def load_model(config: str, checkpoint: str, device: str, toolboxes: Collection[
         raise InputError(f"{config} has no {' and no '.join(missing)}: use the config that the model was trained with")
     model = revert_sync_batchnorm(build_model(settings))
     loaded = load_from_path_or_url(checkpoint)
-    model.load_state_dict(checked_weights(model, loaded, checkpoint))
+    weights, _ = checked_weights(model, loaded, checkpoint)
+    model.load_state_dict(weights)
     model.dataset_meta = {
         **DATASETS.build({**settings.test_dataloader.dataset, "lazy_init": True}).metainfo,
         **loaded.get("meta", {}).get("dataset_meta", {}),

@@ -1,6 +1,7 @@
 """Load a state dict into a model, either completely or not at all."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from metaformer.formats import StateDict, recognised, to_ours
 from metaformer.model import MetaFormer
 from metaformer.weights.files import read_checkpoint
 
+Differences = dict[str, set[str]]
+"""Names of the tensors in which weights differ from a model, by kind of difference."""
 WRAPPED = re.compile(r"^(module\.|_orig_mod\.|timm_model\.)+")
 """What DistributedDataParallel, torch.compile and transformers' TimmWrapper put before a tensor's name."""
 
@@ -48,31 +51,50 @@ def load_weights(model: nn.Module, source: str | Path, *, ema: bool = True, repl
 def load_state(model: nn.Module, state_dict: StateDict, source: str, replace_head: bool = False) -> None:
     """Do the same as :func:`load_weights` with a state dict; error messages name it ``source``."""
     head = head_of(model, state_dict)
-    own, given = model.state_dict(), to_ours(state_dict) if isinstance(model, MetaFormer) else state_dict
-    for name, value in given.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{source} is no checkpoint of a model: {name!r} is a {type(value).__name__}, no tensor")
-    check_finite(given, source)
-    problems = differences(own, given)
-    in_head = {name for names in problems.values() for name in names if str(name).startswith(head)}
-    if any(names - in_head for names in problems.values()):
-        raise InputError(
-            f"{source} holds another architecture than the model ({type(model).__name__}): {listed(problems)}"
-        )
+    given = to_ours(state_dict) if isinstance(model, MetaFormer) else state_dict
+    in_head = set().union(*check_fit(model, given, source, lambda name: name.startswith(head)).values())
     if in_head and not replace_head:
         classes = next((len(given[name]) for name in sorted(in_head & given.keys()) if given[name].ndim), None)
         says = "holds a backbone without a classifier"
         if classes is not None:
             says = f"has a classifier of {classes} classes and the model one of {model.num_classes}"
         raise InputError(f"{source} {says}: use replace_head=true to start with a new classifier")
+    own = model.state_dict()
     model.load_state_dict({name: (own if name in in_head else given)[name] for name in own})
 
 
-def check_finite(weights: StateDict, source: str) -> None:
-    """Raise an ``InputError`` that names ``source`` if a weight is not finite, as in a run that diverged."""
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+def check_fit(model: nn.Module, weights: StateDict, source: str, optional: Callable[[str], bool]) -> Differences:
+    """Compare weights with the tensors of the same names in a model, before any of them is loaded.
+
+    Args:
+        source: what error messages name.
+        optional: whether the tensor of a name may be missing, unexpected or of another shape.
+
+    Returns:
+        The differences, all of them in optional tensors.
+
+    Raises:
+        InputError: a value is no tensor, or not finite as in a run that diverged, or another tensor differs.
+    """
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{source} is no checkpoint of a model: {name!r} is a {type(value).__name__}, no tensor")
+        if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"{source} has weights that are not finite, such as {name}: use an earlier checkpoint")
+    own = model.state_dict()
+    both = own.keys() & weights.keys()
+    found = {
+        "missing": own.keys() - weights.keys(),
+        "unexpected": weights.keys() - own.keys(),
+        "of another kind of number": {n for n in both if own[n].is_floating_point() != weights[n].is_floating_point()},
+        "of another shape": {name for name in both if own[name].shape != weights[name].shape},
+    }
+    problems = {kind: {name for name in names if not optional(str(name))} for kind, names in found.items()}
+    if any(problems.values()):
+        raise InputError(
+            f"{source} holds another architecture than the model ({type(model).__name__}): {listed(problems)}"
+        )
+    return found
 
 
 def adaptable(state_dict: StateDict, model: MetaFormer) -> StateDict:
@@ -103,20 +125,7 @@ def classifiers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
-def differences(own: StateDict, given: StateDict) -> dict[str, set[str]]:
-    """Names of the tensors in which ``given`` differs from a model's ``own``, by kind of difference."""
-    both = own.keys() & given.keys()
-    return {
-        "missing": own.keys() - given.keys(),
-        "unexpected": given.keys() - own.keys(),
-        "of another kind of number": {
-            name for name in both if own[name].is_floating_point() != given[name].is_floating_point()
-        },
-        "of another shape": {name for name in both if own[name].shape != given[name].shape},
-    }
-
-
-def listed(differences: dict[str, set[str]]) -> str:
+def listed(differences: Differences) -> str:
     """A phrase for an error message: how many names there are of each kind, and the first three."""
     return ", ".join(
         f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
