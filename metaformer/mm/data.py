@@ -11,30 +11,26 @@ class CheckedDataset:
     """Mixin for data sets of mmengine. Errors in the preparation of a sample name the picture.
 
     Raises:
-        InputError: ``classes`` is one text instead of several names or missing, or a picture cannot be used.
+        InputError: a picture cannot be used or has another size than :meth:`expected_size`.
     """
 
-    @classmethod
-    def _load_metainfo(cls, metainfo: dict[str, Any] | None = None) -> dict[str, Any]:
-        classes = (metainfo or {}).get("classes")
-        if isinstance(classes, str) and not Path(classes).is_file():
-            raise InputError(
-                f"classes is the text {classes!r}, each letter of which would be a class: write a tuple with a comma, "
-                f"classes=({classes!r},)"
-            )
-        found = super()._load_metainfo(metainfo)
-        if not found.get("classes"):
-            raise InputError(f"{cls.__name__} has no classes: name them with metainfo=dict(classes=(...))")
-        return found
+    def expected_size(self, info: dict[str, Any]) -> tuple[tuple[int, int] | None, str]:
+        """The height and width of a picture (``None`` if unknown), and the file that states them."""
+        raise NotImplementedError
 
     def prepare_data(self, idx: int) -> Any:
+        info = self.get_data_info(idx)
         try:
-            return super().prepare_data(idx)
+            size, source = self.expected_size(info)
+            data = super().prepare_data(idx)
         except InputError:
             raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"cannot use {self.get_data_info(idx)['img_path']}: {reason}") from error
+            raise InputError(f"cannot use {info['img_path']}: {reason}") from error
+        found = first_sample(data or {}).get("ori_shape")
+        check_equal(f"the (height, width) of {info['img_path']}", found, f"{source} has", size)
+        return data
 
 
 def first_sample(data: dict[str, Any]) -> Any:
@@ -43,11 +39,10 @@ def first_sample(data: dict[str, Any]) -> Any:
     return samples[0] if isinstance(samples, list) else samples
 
 
-def check_size(data: dict[str, Any] | None, picture: str, size: tuple[int, int] | None, source: str) -> None:
-    """Raise an ``InputError`` if a picture had another height and width than ``source`` says (``None``: nothing)."""
-    found = first_sample(data or {}).get("ori_shape", size)
-    if size and found != size:
-        raise InputError(f"{picture} has the height and width {found}, but {source} has {size} for it")
+def check_equal(name: str, value: Any, other: str, expected: Any) -> None:
+    """Raise an ``InputError`` if two values differ that have to be equal; ``None`` is one that is not known."""
+    if None not in (value, expected) and value != expected:
+        raise InputError(f"{name} is {value}, but {other} {expected}: give both the same")
 
 
 def check_there(paths: Iterable[str], listed_in: str) -> None:

@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, METRICS
 
 from metaformer.errors import InputError
 from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
-from metaformer.mm.data import CheckedDataset, check_masks, check_size, check_there
+from metaformer.mm.data import CheckedDataset, check_equal, check_masks, check_there
 
 COCO_PAGE = "https://cocodataset.org/#download"
 
@@ -40,24 +40,18 @@ class CheckedCoco(COCO):
                 raise InputError(f"annotation {box['id']} of {self.path} needs {needs}")
             if picture := self.imgs.get(box["image_id"]):
                 mask, size = box.get("segmentation"), [picture["height"], picture["width"]]
-                if isinstance(mask, dict) and mask["size"] != size:
-                    raise InputError(
-                        f"annotation {box['id']} of {self.path} has a mask of the height and width {mask['size']}, but "
-                        f"its picture has {size}"
-                    )
+                if isinstance(mask, dict):
+                    name = f"the [height, width] of the mask of annotation {box['id']} of {self.path}"
+                    check_equal(name, mask["size"], "its picture has", size)
                 x, y, width, height = box["bbox"]
                 beyond += y + height > 1.1 * size[0] or x + width > 1.1 * size[1]
                 no_corners += width < x or height < y
                 left_out += box["area"] <= 0 or min(width, height) < 1
-        if beyond > no_corners:
+        if beyond > no_corners or 2 * left_out > len(self.anns):
             raise InputError(
-                f"{self.path} has {beyond} of {len(self.anns)} boxes that reach beyond their pictures, as if they were "
-                "corners x1, y1, x2, y2: write x1, y1, width, height"
-            )
-        if 2 * left_out > len(self.anns):
-            raise InputError(
-                f"{self.path} has {left_out} of {len(self.anns)} boxes without area or with a side below one pixel, "
-                "which mmdet would leave out: write an area and x1, y1, width, height in pixels"
+                f"of the {len(self.anns)} boxes of {self.path}, {beyond} reach beyond their pictures, as if they were "
+                f"corners, and {left_out} have no area or a side below one pixel, as if they were fractions: write an "
+                "area and x1, y1, width, height in pixels"
             )
 
     def get_cat_ids(self, cat_names: tuple[str, ...]) -> list[int]:
@@ -107,10 +101,8 @@ class CheckedCocoDataset(CheckedDataset, CocoDataset):
             )
         return data
 
-    def prepare_data(self, idx: int) -> dict[str, Any] | None:
-        data, info = super().prepare_data(idx), self.get_data_info(idx)
-        check_size(data, info["img_path"], (info["height"], info["width"]), self.ann_file)
-        return data
+    def expected_size(self, info: dict[str, Any]) -> tuple[tuple[int, int], str]:
+        return (info["height"], info["width"]), self.ann_file
 
 
 @METRICS.register_module()

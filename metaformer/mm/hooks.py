@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from metaformer.errors import InputError
 from metaformer.mm.backbone import MetaFormerBackbone, checked_weights
 from metaformer.mm.config import evaluators, settings_of_test
-from metaformer.mm.data import check_masks
+from metaformer.mm.data import check_equal, check_masks
 from metaformer.provenance import provenance, sha256, write_json
 from metaformer.weights.loading import listed
 
@@ -120,12 +120,7 @@ def check_heads(model: nn.Module, dataset: Dataset) -> None:
     for name, part in bare(model).named_modules():
         if re.search(r"^data_preprocessor$|(?<!rpn)(?<!semantic)_head(\.\d+)?$", name):
             for key, ours in expected.items():
-                theirs = getattr(part, key, None)
-                if None not in (ours, theirs) and ours != theirs:
-                    raise InputError(
-                        f"model.{name}.{key} is {theirs}, but the data set has {ours}: use --cfg-options "
-                        f"model.{name}.{key}={ours}"
-                    )
+                check_equal(f"model.{name}.{key}", getattr(part, key, None), "the data set has", ours)
 
 
 def check_neck(model: nn.Module) -> None:
@@ -134,20 +129,17 @@ def check_neck(model: nn.Module) -> None:
     theirs = getattr(neck, "in_channels", None)
     if isinstance(backbone, MetaFormerBackbone) and isinstance(theirs, list):
         ours = [backbone.feature_info[i]["num_chs"] for i in backbone.out_indices]
-        if sorted(ours) != sorted(theirs):  # some necks take the last level first
-            raise InputError(f"model.neck.in_channels is {theirs}, but the levels of the backbone have {ours}")
+        # Sorted, because some necks take the last level first.
+        check_equal("model.neck.in_channels", sorted(theirs), "the levels of the backbone have", sorted(ours))
 
 
 def check_crops(runner: Runner) -> None:
     """Raise if batches are padded to another size than that of the crops, so that a batch may be mostly padding."""
     size = getattr(bare(runner.model).data_preprocessor, "size", None)
     for step in runner.cfg.train_dataloader.dataset.get("pipeline", []):
-        crop = step["type"] == "RandomCrop" and tuple(to_2tuple(step["crop_size"]))
-        if size and crop and crop != tuple(size):
-            raise InputError(
-                f"the pipeline makes crops of {crop}, but model.data_preprocessor.size is {tuple(size)}: give both the "
-                "same"
-            )
+        if size and step["type"] == "RandomCrop":
+            crop = tuple(to_2tuple(step["crop_size"]))
+            check_equal("model.data_preprocessor.size", tuple(size), "the pipeline makes crops of", crop)
 
 
 def check_schedule(runner: Runner) -> None:
@@ -186,22 +178,17 @@ def check_evaluator(config: Config, split: str, data: Dataset | None) -> None:
     """Raise if an evaluator reads another annotation file than the data set or more of its pictures, ignores another
     label, or needs masks and ``data`` has none."""
     dataset = config[f"{split}_dataloader"].dataset
-    ours = dataset.get("ann_file") and Path(dataset.get("data_root") or "", dataset.ann_file)
+    known = Path(dataset.get("data_root") or "", dataset.ann_file).resolve() if dataset.get("ann_file") else None
+    ignored = getattr(data, "ignore_index", None)
     for evaluator in evaluators(config, split):
-        theirs = evaluator.get("ann_file")
-        if ours and theirs and Path(theirs).resolve() != ours.resolve():
+        path = Path(evaluator["ann_file"]).resolve() if evaluator.get("ann_file") else None
+        check_equal(f"{split}_evaluator.ann_file", path, f"{split}_dataloader reads", known)
+        label = evaluator.get("ignore_index", 255)
+        check_equal(f"{split}_evaluator.ignore_index", label, f"{split}_dataloader ignores", ignored)
+        if path and dataset.get("indices") is not None:
             raise InputError(
-                f"{split}_evaluator.ann_file is {theirs}, but {split}_dataloader reads {ours}: give both the same"
-            )
-        if theirs and dataset.get("indices") is not None:
-            raise InputError(
-                f"{split}_evaluator reads all pictures of {theirs}, and {split}_dataloader only those of its indices: "
+                f"{split}_evaluator reads all pictures of {path}, and {split}_dataloader only those of its indices: "
                 "give both an annotation file of fewer pictures"
-            )
-        if (ignored := evaluator.get("ignore_index", 255)) != getattr(data, "ignore_index", ignored):
-            raise InputError(
-                f"{split}_evaluator.ignore_index is {ignored}, but {split}_dataloader ignores {data.ignore_index}: "
-                "give both the same"
             )
         if data and "segm" in evaluator.get("metric", ""):
             check_masks([data.get_data_info(index) for index in range(len(data))], f"{split}_dataloader")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from metaformer.errors import InputError
 from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
-from metaformer.mm.data import CheckedDataset, check_size, check_there, first_sample
+from metaformer.mm.data import CheckedDataset, check_there, first_sample
 from metaformer.mm.hooks import different_classes
 
 ADE20K_PAGE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
@@ -20,16 +20,20 @@ class CheckedSegmentation(CheckedDataset):
     """Mixin for data sets of mmseg that refuses bad data.
 
     Raises:
-        InputError: there is one class, or others than those of the data set; the list of pictures, all pictures, a
-            picture of the list or the label map of a picture is missing, or a picture has another ending. While samples
-            are made: a label map is not one byte per pixel, has another size than its picture, or a label outside the
-            classes.
+        InputError: there are fewer than two classes, or others than those of the data set; the list of pictures, all
+            pictures, a picture of the list or the label map of a picture is missing, or a picture has another ending.
+            While samples are made: a label map is not one byte per pixel, has another size than its picture, or a label
+            outside the classes.
     """
 
     @classmethod
-    def get_label_map(cls, new_classes: Sequence[str]) -> None:
-        if len(new_classes) < 2:  # the loss of a softmax over one class is 0
-            raise InputError(f"the only class is {new_classes[0]!r}: name the other pixels too, such as 'background'")
+    def get_label_map(cls, new_classes: Sequence[str] | None) -> None:
+        classes = (new_classes,) if isinstance(new_classes, str) else new_classes or ()  # a text lacks its comma
+        if len(classes) < 2:  # the loss of a softmax over one class is 0
+            raise InputError(
+                f"{cls.__name__} has the classes {classes}: name two or more with metainfo=dict(classes=(...)), such "
+                "as 'background' for the other pixels"
+            )
         # mmseg would give the labels of a map new numbers, by the place of their names in METAINFO.
         if difference := different_classes(cls.METAINFO.get("classes", new_classes), new_classes):
             raise InputError(f"{cls.__name__} has other classes ({difference}): use type='CheckedSegDataset' for yours")
@@ -58,14 +62,23 @@ class CheckedSegmentation(CheckedDataset):
                     )
         return data
 
-    def prepare_data(self, idx: int) -> dict[str, Any]:
-        info = self.get_data_info(idx)
+    def expected_size(self, info: dict[str, Any]) -> tuple[tuple[int, int] | None, str]:
+        """Those of the label map. mmseg would truncate 16-bit labels and read colours as labels."""
         path = info.get("seg_map_path")
-        size = label_map_size(path) if path else None
+        if not path:
+            return None, ""
+        with Image.open(path) as labels:
+            mode, (width, height) = labels.mode, labels.size
+        if mode not in ("L", "P"):
+            raise InputError(
+                f"{path} has pixels of the kind {mode}: a label map has one byte each (L, or P for a palette)"
+            )
+        return (height, width), path
+
+    def prepare_data(self, idx: int) -> dict[str, Any]:
         data = super().prepare_data(idx)
-        check_size(data, info["img_path"], size, path)
         truth = first_sample(data).get("gt_sem_seg")
-        classes = len(self.metainfo["classes"])
+        path, classes = self.get_data_info(idx).get("seg_map_path"), len(self.metainfo["classes"])
         if truth is not None:
             labels = truth.data[truth.data != self.ignore_index]
             if labels.numel() and labels.max() >= classes:
@@ -75,23 +88,6 @@ class CheckedSegmentation(CheckedDataset):
                     f"0 to {classes - 1}, and {self.ignore_index} is ignored"
                 )
         return data
-
-
-def label_map_size(path: str) -> tuple[int, int]:
-    """Height and width of a label map.
-
-    Raises:
-        InputError: the file is not a picture with one byte per pixel. mmseg would truncate 16-bit labels and read
-            colours as labels.
-    """
-    try:
-        with Image.open(path) as labels:
-            mode, (width, height) = labels.mode, labels.size
-    except OSError as error:
-        raise InputError(f"{path} is not a picture of labels: {error}") from error
-    if mode not in ("L", "P"):
-        raise InputError(f"{path} has pixels of the kind {mode}: a label map has one byte each (L, or P for a palette)")
-    return height, width
 
 
 @DATASETS.register_module()
