@@ -52,8 +52,7 @@ def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
     """Height and width from ``sides``, or else the model's own.
 
     Raises:
-        InputError: there are more than two sides, the size is smaller than the stride of the last map, or the model is
-            made for another size.
+        InputError: there are more than two sides, or the model is made for another size.
     """
     if sides is None:
         return opened.size
@@ -65,11 +64,6 @@ def chosen_size(sides: list[int] | None, opened: Opened) -> Size:
         raise InputError(
             f"{opened.name} can be exported for its own {text(opened.size)} pixels only, because {why}: "
             "leave out --size"
-        )
-    smallest = model.feature_info[-1]["reduction"] if isinstance(model, MetaFormer) else 1
-    if min(size) < smallest:
-        raise InputError(
-            f"--size {text(size)} is too small: {opened.name} takes images from {smallest} pixels a side upwards"
         )
     return size
 
@@ -103,9 +97,9 @@ def export(model: nn.Module, size: Size, to: str, target: Path, facts: str = "{}
         dims |= {2: Dim("height", min=two_positions), 3: Dim("width", min=two_positions)}
     # Neither the batch nor a side of the last map is one, since tracing would make such a dimension a constant.
     traced = tuple(max(side, 2 * stride) for side in size) if varies else size
-    images = torch.randn(2, channels, *traced)
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
     try:
+        images = torch.randn(2, channels, *traced)
         content, exported = (onnx if to == "onnx" else torch_export)(model, images, dims, facts)
     except Exception as error:  # a model is code, and PyTorch refuses what it cannot trace in many ways
         reason = textwrap.shorten(str(error), 200)

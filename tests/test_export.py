@@ -194,7 +194,7 @@ def test_wrong_input(exported, monkeypatch, tmp_path):
         ((tmp_path / "absent.pt", "--to", "onnx", *out), r"there is no checkpoint .*absent\.pt"),
         ((tmp_path, "--to", "onnx", *out), r"there is no checkpoint .*best\.pt"),
         ((folder, "--to", "onnx", "--model", "poolformer_s24", *out), "is a checkpoint of poolformer_s12, not of"),
-        ((folder, "--to", "onnx", "--size", 16, 64, *out), "--size 16 x 64 is too small: .* from 32 pixels a side"),
+        ((folder, "--to", "torch-export", "--size", 1, *out), "cannot export this MetaFormer to torch-export: .*size"),
         ((folder, "--to", "onnx", "--size", 64, 64, 64, *out), "--size has 3 numbers"),
         ((folder, "--to", "onnx", "--out", tmp_path / "a_file" / "file"), r"cannot write .*a_file.*: "),
     ]:
