@@ -101,14 +101,11 @@ def adaptable(state_dict: StateDict, model: MetaFormer) -> StateDict:
     """Released weights under the names of ``model``, for timm, which adapts them to its channels and classes.
 
     Raises:
-        InputError: a tensor is missing or unexpected. timm would ignore that for another number of classes.
+        InputError: the weights are those of other arguments. timm would load a part for another number of classes.
     """
-    given, head = to_ours(state_dict), head_of(model, state_dict)
-    if unlike := {name for name in model.state_dict().keys() ^ given.keys() if not str(name).startswith(head)}:
-        raise InputError(
-            f"{model.pretrained_cfg['architecture']} does not have its released weights with these arguments: "
-            + listed({"missing or unexpected": unlike})
-        )
+    given, adapted = to_ours(state_dict), ("stem.", *head_of(model, state_dict))
+    released = f"the released file of {model.pretrained_cfg['architecture']}"
+    check_fit(model, given, released, lambda name: name.startswith(adapted))
     return given
 
 
