@@ -83,6 +83,7 @@ def official(state_dict: StateDict, back: bool = False) -> StateDict:
             place += 1
         rows.append((f"stages.{stage}.blocks.{{j}}.layer_scale{{k}}", f"network.{place}.{{j}}.layer_scale_{{k}}"))
         rows.append((f"stages.{stage}.blocks.", f"network.{place}."))
+        rows.append((f"out_norms.{stage}.", f"norm{2 * stage}."))  # of the backbone of a detector or segmentor
     return renamed(rows, state_dict, back)
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from copy import copy
-from inspect import signature
 from typing import Any
 
 from mmengine.logging import print_log
@@ -12,9 +11,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metaformer.errors import InputError, check_known
-from metaformer.formats import StateDict, recognised
-from metaformer.mm.checkpoint import from_official_pyramid, load_from_path_or_url, rename_official
+from metaformer.errors import InputError
+from metaformer.formats import StateDict, recognised, to_ours
+from metaformer.mm.checkpoint import load_from_path_or_url
 from metaformer.model import MLN, MetaFormer, per_stage
 from metaformer.variants import variant_arguments
 from metaformer.weights.described import check_trained_as
@@ -41,8 +40,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         arguments: arguments of :class:`metaformer.MetaFormer` that replace those of the variant.
 
     Raises:
-        InputError: the variant, an argument or ``init_cfg`` is unknown, or the variant does not have these levels or
-            stages.
+        InputError: the variant or ``init_cfg`` is unknown, or the variant does not have these levels or stages.
     """
 
     def __init__(
@@ -56,8 +54,6 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         init_cfg: dict | None = None,
         **arguments: Any,
     ):
-        for name in arguments:
-            check_known("argument of the backbone", name, ARGUMENTS)
         settings = {**variant_arguments(variant), **arguments}
         super().__init__(**settings, drop_path_rate=drop_path_rate, num_classes=0)
         levels = len(self.stages)
@@ -121,7 +117,7 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         if recognised(weights) == "mmpretrain" and "head.fc.weight" in weights:
             prefix = ""  # a classifier, whose backbone.norm6 is the norm before its head and not one of a level
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        weights = from_official_pyramid(weights)
+        weights = to_ours(weights)
         found = check_fit(self, weights, source, self._may_differ)
         self.load_state_dict(weights, strict=False)
         new, tensors = found["missing"], len(self.state_dict())
@@ -136,9 +132,10 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         return name.startswith(("head.", "norm.", "out_norms.")) or bool(stage and int(stage[1]) >= len(self.stages))
 
 
-ARGUMENTS = sorted(
-    {*signature(MetaFormerBackbone).parameters, *signature(MetaFormer).parameters} - {"arguments", "num_classes"}
-)
+def rename_official(module: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
+    """Rename the tensors of a backbone under ``prefix`` in ``state_dict``, in place."""
+    theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    state_dict.update({prefix + name: tensor for name, tensor in to_ours(theirs).items()})
 
 
 def parts(names: set[str]) -> str:
