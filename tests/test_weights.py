@@ -408,6 +408,7 @@ def test_a_released_name_is_fetched(tmp_path, monkeypatch, images):
     opened = open_checkpoint("poolformer_s12")
     assert torch.equal(opened.model(images), model(images))
     assert (opened.path, opened.size, opened.crop_pct, opened.config) == (file, (224, 224), 0.9, None)
+    assert opened.format == "official"
     assert open_checkpoint("poolformer_s12.sail_in1k").path == file
     for depths, classes in ((2, None), (2, 10), (7, 10)):  # timm would leave out tensors, or draw them at random
         with pytest.raises(InputError, match=r"the released file of poolformer_s12 holds another architecture"):

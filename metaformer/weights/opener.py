@@ -74,9 +74,10 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
 def with_settings(source: str | Path, model: str | None, found: Settings) -> Opened:
     """:func:`open_checkpoint` with settings that replace those of the checkpoint."""
     if not os.path.exists(source) and (str(source) == model or timm.is_model(str(source))):
-        name, kind = str(source), None
+        name = str(source)
         built = create(name, None, arguments_of(name, found), pretrained=True)
         path = variants.released_file(name) if architecture(name) in variants.VARIANTS else None
+        kind = "official" if path else None
     else:
         path = locate(source)
         checkpoint = read_checkpoint(path)
