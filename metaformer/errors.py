@@ -7,8 +7,10 @@ exceptions print a traceback and exit with status 1.
 import os
 import signal
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from types import TracebackType
 
@@ -31,6 +33,17 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> None:
     """Raises an ``InputError`` that lists all names of this kind if ``name`` is not one of ``known``."""
     if name not in known:
         raise InputError(f"there is no {kind} {name!r}{nearest(name, known)}: there are {', '.join(known)}")
+
+
+@contextmanager
+def explained(says: str) -> Iterator[None]:
+    """Turns an error of any other kind in the block into an ``InputError``: ``says``, and the error in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{says}: {textwrap.shorten(f'{type(error).__name__}: {error}', 300)}") from error
 
 
 def run_command(main: Callable[[], int | None]) -> None:

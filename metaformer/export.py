@@ -1,7 +1,6 @@
 """Export a model or its backbone to ONNX or torch.export, and compare the file with the model."""
 
 import json
-import textwrap
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from io import BytesIO
@@ -13,7 +12,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.export import Dim
 
-from metaformer.errors import InputError, check_known
+from metaformer.errors import InputError, check_known, explained
 from metaformer.mixers import Size
 from metaformer.model import MetaFormer
 from metaformer.provenance import write_file
@@ -98,12 +97,10 @@ def export(model: nn.Module, size: Size, to: str, target: Path, facts: str = "{}
     # Neither the batch nor a side of the last map is one, since tracing would make such a dimension a constant.
     traced = tuple(max(side, 2 * stride) for side in size) if varies else size
     sizes = [size, (smallest, size[1] + 45)] if varies else [size]
-    try:
+    # A model is code, and PyTorch refuses what it cannot trace in many ways.
+    with explained(f"PyTorch cannot export this {type(backbone).__name__} to {to}"):
         images = torch.randn(2, channels, *traced)
         content, exported = (onnx if to == "onnx" else torch_export)(model, images, dims, facts)
-    except Exception as error:  # a model is code, and PyTorch refuses what it cannot trace in many ways
-        reason = textwrap.shorten(str(error), 200)
-        raise InputError(f"PyTorch cannot export this {type(backbone).__name__} to {to}: {reason}") from error
     draw = torch.Generator().manual_seed(0)
     tested = [torch.randn(batch, channels, *size, generator=draw) for size in sizes for batch in (1, 3)]
     with torch.inference_mode():

@@ -734,7 +734,7 @@ def test_folders_of_transformers_tell_their_model_classes_and_preprocessing(tmp_
         ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, "prepares pictures otherwise"),
         ("config.json", {"model_type": "poolformer", "pool_size": 5}, "a PoolFormer with pool_size 5: here it is 3"),
         ("config.json", {"model_type": "vit"}, "does not say what model it is of"),
-        ("config.json", {"model_type": "poolformer", "strides": 4}, r"a setting of .* cannot be used \(TypeError: "),
+        ("config.json", {"model_type": "poolformer", "strides": 4}, r"a setting of .* cannot be used, .*: TypeError: "),
         ("config.json", {"architecture": "poolformer_s24", "model_args": {"in_chans": -1}}, "negative dimension"),
         ("config.json", {"architecture": "poolformer_s24", "crop_pct": "all"}, "could not convert string to float"),
         ("config.json", {"architecture": "poolformer_s24", "crop_mode": "squash"}, "with crop_mode='squash'"),

@@ -1,6 +1,5 @@
 """Read configs of mmdet and mmseg. A config is code, so it can raise any error."""
 
-import textwrap
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from metaformer.errors import InputError, nearest
+from metaformer.errors import InputError, explained, nearest
 
 
 def read_config(path: str, scopes: Collection[str]) -> Config:
@@ -25,10 +24,8 @@ def read_config(path: str, scopes: Collection[str]) -> Config:
     if not Path(path).is_file():
         near = nearest(Path(path).stem, [file.stem for file in Path(path).parent.glob("*.py")])
         raise InputError(f"there is no config {path}{near}")
-    try:
+    with explained(f"cannot read the config {path}"):
         config = Config.fromfile(path)
-    except Exception as error:
-        raise InputError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
     if config.get("default_scope") not in scopes or not config.get("model"):
         raise InputError(f"{path} is not the config of a model of {' or '.join(scopes)}")
     return config
@@ -41,12 +38,9 @@ def build_model(config: Config) -> nn.Module:
         InputError: the config has a wrong value.
     """
     init_default_scope(config.default_scope)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the toolboxes warn of their own deprecations
-            return MODELS.build(config.model)
-    except Exception as error:
-        raise InputError(f"cannot build the model of {config.filename}: {textwrap.shorten(str(error), 300)}") from error
+    with explained(f"cannot build the model of {config.filename}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the toolboxes warn of their own deprecations
+        return MODELS.build(config.model)
 
 
 def evaluators(config: Config, split: str) -> list[dict[str, Any]]:

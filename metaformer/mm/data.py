@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from metaformer.errors import InputError
+from metaformer.errors import InputError, explained
 
 
 class CheckedDataset:
@@ -20,14 +20,9 @@ class CheckedDataset:
 
     def prepare_data(self, idx: int) -> Any:
         info = self.get_data_info(idx)
-        try:
+        with explained(f"cannot use {info['img_path']}"):
             size, source = self.expected_size(info)
             data = super().prepare_data(idx)
-        except InputError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"cannot use {info['img_path']}: {reason}") from error
         found = first_sample(data or {}).get("ori_shape")
         check_equal(f"the (height, width) of {info['img_path']}", found, f"{source} has", size)
         return data

@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from metaformer import variants
-from metaformer.errors import InputError, check_known, nearest
+from metaformer.errors import InputError, check_known, explained, nearest
 from metaformer.formats import StateDict, recognised, to_ours
 from metaformer.model import MetaFormer
 from metaformer.weights.described import Settings, architecture, described
@@ -61,14 +61,9 @@ def open_checkpoint(source: str | Path, model: str | None = None, **settings: An
     for name in settings:
         check_known("setting of open_checkpoint", name, ("model_args", "img_size", *INPUTS))
     found = {name: value for name, value in settings.items() if value is not None}
-    try:
+    # A file can state any value, and timm and PyTorch raise errors of many kinds for values that do not fit.
+    with explained(f"a setting of {source} cannot be used, correct it or get new files"):
         return with_settings(source, model, found)
-    except InputError:
-        raise
-    except Exception as error:
-        # A file can state any value, and timm and PyTorch raise errors of many kinds for values that do not fit.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"a setting of {source} cannot be used ({reason}): correct it or get new files") from error
 
 
 def with_settings(source: str | Path, model: str | None, found: Settings) -> Opened:
