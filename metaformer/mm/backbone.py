@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from copy import copy
+from inspect import signature
 from typing import Any
 
 from mmengine.logging import print_log
@@ -11,7 +12,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metaformer.errors import InputError
+from metaformer.errors import InputError, check_known
 from metaformer.formats import StateDict, recognised, to_ours
 from metaformer.mm.checkpoint import load_from_path_or_url
 from metaformer.model import MLN, MetaFormer, per_stage
@@ -40,7 +41,8 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         arguments: arguments of :class:`metaformer.MetaFormer` that replace those of the variant.
 
     Raises:
-        InputError: the variant or ``init_cfg`` is unknown, or the variant does not have these levels or stages.
+        InputError: the variant, an argument or ``init_cfg`` is unknown, or the variant does not have these levels or
+            stages.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
         init_cfg: dict | None = None,
         **arguments: Any,
     ):
+        for name in arguments:
+            check_known("argument of the backbone", name, ARGUMENTS)
         settings = {**variant_arguments(variant), **arguments}
         super().__init__(**settings, drop_path_rate=drop_path_rate, num_classes=0)
         levels = len(self.stages)
@@ -130,6 +134,11 @@ class MetaFormerBackbone(MetaFormer, BaseModule):
     def _may_differ(self, name: str) -> bool:
         stage = re.match(r"stages\.(\d+)\.", name)
         return name.startswith(("head.", "norm.", "out_norms.")) or bool(stage and int(stage[1]) >= len(self.stages))
+
+
+ARGUMENTS = sorted(
+    {*signature(MetaFormerBackbone).parameters, *signature(MetaFormer).parameters} - {"arguments", "num_classes"}
+)
 
 
 def rename_official(module: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
