@@ -116,7 +116,7 @@ def export(model: nn.Module, size: Size, to: str, target: Path, facts: str = "{}
     )
 
 
-def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], facts: str) -> tuple[bytes, Exported]:
+def onnx(model: nn.Module, images: Tensor, dims: dict[int, Dim], facts: str = "{}") -> tuple[bytes, Exported]:
     """The content of an ONNX file, and a function that runs it."""
     import onnxruntime
 
