@@ -48,7 +48,7 @@ class FoldedBlock(nn.Module):
         dtype = kernels.product_dtype(x)
         with kernels.without_autocast(x):
             x = kernels.channels_last(x)
-            x = kernels.mix(x, self.mix, kernels.statistics(x, self.eps[0])[1][1], self.pool_size)
+            x = kernels.mix(x, self.mix, kernels.moments(x, self.eps[0])[1], self.pool_size)
             return kernels.add_mlp(x, self.w1, self.b1, self.w2, self.b2, self.scale, self.eps[1], dtype)
 
 

@@ -193,7 +193,7 @@ class PoolingHalf(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, keep: Tensor | None, pool_size: int, eps: float, *inputs: Tensor | None) -> Tensor:
         x, gamma, _, layer_scale = inputs
-        _, found = kernels.statistics(x, eps)
+        found = kernels.moments(x, eps)
         ctx.save_for_backward(keep, *found, *inputs)
         ctx.pool_size, ctx.eps = pool_size, eps
         return kernels.mix(x, kernels.factor(gamma, layer_scale, keep), found[1], pool_size)

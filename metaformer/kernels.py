@@ -31,8 +31,20 @@ def add_mlp(
     return add(x, factor, pointwise(hidden, w2.to(dtype), b2.to(dtype)))
 
 
+def moments(x: Tensor, eps: float) -> Statistics:
+    """Statistics of each sample over channels and positions (appendix D)."""
+    matrix = samples(x)
+    if splits_samples(x):
+        variance, mean = torch.var_mean(matrix, 1, correction=0, keepdim=True)
+        return mean, torch.rsqrt(variance + eps)
+    return torch.native_layer_norm(matrix, matrix.shape[1:], None, None, eps)[1:]
+
+
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Statistics]:
-    """Normalise each sample over channels and positions (appendix D); return also the statistics used."""
+    """Maps normalised by their :func:`moments`, and these."""
+    if splits_samples(x):
+        found = moments(x, eps)
+        return normalise(x, found), found
     matrix = samples(x)
     normalised, mean, rstd = torch.native_layer_norm(matrix, matrix.shape[1:], None, None, eps)
     return maps_of_samples(normalised, x), (mean, rstd)
@@ -40,14 +52,28 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Statistics]:
 
 def statistics_backward(grad: Tensor, x: Tensor, found: Statistics) -> Tensor:
     """The gradient of x from that of the normalised x."""
-    matrix, mask = samples(x), [True, False, False]
-    backward = torch.ops.aten.native_layer_norm_backward
-    d_x, _, _ = backward(samples(grad), matrix, matrix.shape[1:], *found, None, None, mask)
+    grad = samples(grad)
+    if splits_samples(x):
+        normalised, rstd = samples(normalise(x, found)), found[1]
+        d_x = torch.addcmul(-rstd * grad.mean(1, keepdim=True), grad, rstd)
+        d_x = torch.addcmul(d_x, normalised, -rstd * (grad * normalised).mean(1, keepdim=True))
+    else:
+        matrix, mask = samples(x), [True, False, False]
+        backward = torch.ops.aten.native_layer_norm_backward
+        d_x, _, _ = backward(grad, matrix, matrix.shape[1:], *found, None, None, mask)
     return maps_of_samples(d_x, x).to(x.dtype)
 
 
+def splits_samples(x: Tensor) -> bool:
+    """Whether to use operators that share a sample among a GPU's blocks; its layer norm takes one block per sample."""
+    return x.is_cuda
+
+
 def normalise(x: Tensor, found: Statistics) -> Tensor:
-    return maps_of_samples((samples(x) - found[0]) * found[1], x)
+    mean, rstd = found
+    if splits_samples(x):  # one pass; on a CPU, this operator is slower than the two below
+        return maps_of_samples(torch.addcmul(-mean * rstd, samples(x), rstd), x)
+    return maps_of_samples((samples(x) - mean) * rstd, x)
 
 
 def of_convolution(grad: Tensor, weight: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 # The function and its derivatives
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def operators(request, monkeypatch):
+    """The operators of a CPU, or those that a GPU computes float32 with, on this CPU."""
+    if request.param == "gpu":
+        monkeypatch.setattr(kernels, "may_use_tf32", lambda x: True)
+        monkeypatch.setattr(kernels, "splits_samples", lambda x: True)
+
+
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize(("pool_size", "layer_scale", "dropped"), [(3, True, True), (5, False, False), (5, True, True)])
 def test_derivatives_of_the_pooling_half(pool_size, layer_scale, dropped):
     vectors = [drawn(3).requires_grad_() for _ in range(3 if layer_scale else 2)]
@@ -91,12 +100,11 @@ def test_derivatives_of_the_pooling_half(pool_size, layer_scale, dropped):
     assert gradgradcheck(half, inputs)
 
 
-@pytest.mark.parametrize("convolve", [False, True])  # as on a GPU in float32
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize(
     ("recompute", "layer_scale", "dropped"), [(False, True, True), (True, False, False), (True, True, True)]
 )
-def test_derivatives_of_the_mlp_half(recompute, layer_scale, dropped, convolve, monkeypatch):
-    monkeypatch.setattr(kernels, "may_use_tf32", lambda x: convolve)
+def test_derivatives_of_the_mlp_half(recompute, layer_scale, dropped):
     shapes = [(3,), (3,), (6, 3, 1, 1), (6,), (3, 6, 1, 1), (3,)] + [(3,)] * layer_scale
     weights = [drawn(*shape).requires_grad_() for shape in shapes]
     keep = torch.tensor([0.0, 2.0]).double().view(2, 1, 1, 1) if dropped else None
@@ -138,6 +146,18 @@ def test_the_same_function_and_gradients(arguments, layout):
     assert worst(gradients, expected_gradients) < 1e-9
     with torch.inference_mode():
         assert relative_error(fused.eval()(images), plain.eval()(images)) < 1e-12
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_the_operators_of_a_gpu_compute_the_same_function(dtype, tolerance):
+    """Also where the mean of the maps is large beside their deviation."""
+    fused, plain = (model.to(dtype) for model in pair(drop_path_rate=0.5))
+    images = drawn(3, 3, 64, 64, dtype=dtype) + 10
+    (logits, gradients), (expected, expected_gradients) = trained(fused, images), trained(plain, images)
+    assert relative_error(logits, expected) < tolerance
+    assert worst(gradients, expected_gradients) < 100 * tolerance
+    assert relative_error(metaformer.fuse(plain)(images), plain.eval()(images)) < tolerance
 
 
 @pytest.mark.parametrize("samples", [1, 2])
