@@ -223,7 +223,7 @@ def test_a_config_goes_before_its_base(tmp_path):
     assert load_config([str(tmp_path / "mine.yaml"), "epochs=11"]).epochs == 11
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA_VISIBLE_DEVICES=0 and a GPU")
 def test_deterministic_runs_are_equal_on_a_gpu(run):
     try:
         folders = [run(*EVERYTHING_RANDOM, "deterministic=true", output=name) for name in ("one", "other")]
