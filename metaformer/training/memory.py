@@ -31,7 +31,7 @@ class Pictures(NamedTuple):
 
 
 class InMemory(Dataset):
-    """Lists of (epoch, index) to batches of pictures in the memory of a device.
+    """Lists of (epoch, index) to batches; the pictures are in the memory of a device.
 
     The random numbers of the augmentation follow from the seed, the epoch and the first picture of the batch.
 
@@ -40,7 +40,8 @@ class InMemory(Dataset):
     """
 
     def __init__(self, pictures: Pictures, device: torch.device, config: Config | None = None):
-        self.images, self.labels, self.config = *(tensor.to(device) for tensor in pictures), config
+        # Labels stay on the CPU, where batches.checked looks at them without waiting for a GPU.
+        self.images, self.labels, self.config = pictures.images.to(device), pictures.labels, config
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:  # DataLoader calls this once per batch
         epochs, indices = map(list, zip(*keys, strict=True))
