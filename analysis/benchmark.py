@@ -46,7 +46,7 @@ from metaformer.provenance import write_json, writing
 from metaformer.records import Benchmark
 from metaformer.variants import POOLFORMERS
 
-MATRIX = {"inference": (1, 8), "training": (8,)}
+MATRIX = {"cpu": {"inference": (1, 8), "training": (8,)}, "cuda": {"inference": (1, 128), "training": (128,)}}
 """Batches of --matrix."""
 GROWTH = {
     "batch": (1, 2, 4, 8, 16, 32, 64),
@@ -100,7 +100,8 @@ def comparisons(options: argparse.Namespace) -> list[tuple[Cell, list[contestant
         forms = options.forms or ([BEST[task], "timm"] if two else None)
         entered = contestants.entries(task, options.model, forms, runtimes, layouts)
         base = Cell(task, options.model, 8, size, precision, options.device)
-        cells = [base._replace(batch=batch) for batch in options.batch or (MATRIX[task] if matrix else [8])]
+        preset = MATRIX[options.device][task] if matrix else [8]
+        cells = [base._replace(batch=batch) for batch in options.batch or preset]
         if options.growth:
             grown = [cells[0]._replace(**{field: value}) for field, values in GROWTH.items() for value in values]
             cells = dict.fromkeys([*cells, *grown])
