@@ -627,3 +627,17 @@ def test_a_loader_process_names_the_file_as_well(tmp_path):
     with pytest.raises(InputError) as caught:
         list(Runner.build_dataloader(config.train_dataloader))
     assert re.fullmatch(r"cannot use \S*001.jpg: .*", as_raised(caught.value))
+
+
+def test_masks_of_0_and_255_have_one_class(tmp_path):
+    data = draw_scenes(tmp_path / "data")
+    config = Config.fromfile(segmentation_config(tmp_path / "tiny.py", data))
+    config.train_dataloader.dataset.update(reduce_zero_label=False, metainfo={"classes": ("background", "house")})
+    init_default_scope("mmseg")
+    maps = sorted((data / "annotations/training").iterdir())
+    for path in maps:
+        Image.fromarray(np.where(np.asarray(Image.open(path)) == 3, 255, 0).astype(np.uint8)).save(path)
+    with pytest.raises(InputError, match=r"annotations/training have the labels 0 and 255 alone, and the latter is"):
+        DATASETS.build(config.train_dataloader.dataset)
+    Image.fromarray(np.where(np.asarray(Image.open(maps[0])) == 255, 1, 0).astype(np.uint8)).save(maps[0])
+    assert len(DATASETS.build(config.train_dataloader.dataset)) == len(maps)

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.registry import DATASETS
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from PIL import Image
 
-from metaformer.errors import InputError
+from metaformer.errors import InputError, explained
 from metaformer.mm import backbone, hooks  # noqa: F401  (registers them)
 from metaformer.mm.data import CheckedDataset, check_there, first_sample
 from metaformer.mm.hooks import different_classes
 
+LOOKED_AT = 50
+"""Label maps of a data set that are read when it is opened."""
 ADE20K_PAGE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 
 
@@ -21,7 +24,8 @@ class CheckedSegmentation(CheckedDataset):
 
     Raises:
         InputError: there are fewer than two classes, or others than those of the data set; the list of pictures, all
-            pictures, a picture of the list or the label map of a picture is missing, or a picture has another ending.
+            pictures, a picture of the list or the label map of a picture is missing, a picture has another ending, or
+            label maps have 255 for the second class.
             While samples are made: a label map is not one byte per pixel, has another size than its picture, or a label
             outside the classes.
     """
@@ -60,6 +64,17 @@ class CheckedSegmentation(CheckedDataset):
                         f"{path} would be left out, because its name does not end in img_suffix={self.img_suffix!r}: "
                         "give all pictures one ending, or list those to use in ann_file"
                     )
+        if len(self.metainfo["classes"]) == 2:
+            labels = set()
+            for path in sorted(maps)[:: len(maps) // LOOKED_AT + 1]:
+                with explained(f"cannot use {path}"), Image.open(path) as label_map:
+                    labels.update(np.unique(label_map).tolist())
+            if labels == {0, self.ignore_index}:
+                where = self.data_prefix["seg_map_path"]
+                raise InputError(
+                    f"the label maps in {where} have the labels 0 and {self.ignore_index} alone, and the latter is "
+                    "ignored: write the number of the second class in its place"
+                )
         return data
 
     def expected_size(self, info: dict[str, Any]) -> tuple[tuple[int, int] | None, str]:
