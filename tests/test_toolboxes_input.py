@@ -297,8 +297,10 @@ def test_records_are_of_this_start(segmentor, tmp_path):
     torch.save(content, tmp_path / "slow.pth")
     resumed = runner(config, tmp_path / "resumed", load_from=str(tmp_path / "slow.pth"), resume=True)
     resumed.train()
-    (record,) = (tmp_path / "resumed").glob("*/training.json")
-    assert json.loads(record.read_text())["images_per_s"] > 1e-2
+    (path,) = (tmp_path / "resumed").glob("*/training.json")
+    record = json.loads(path.read_text())
+    assert record["images_per_s"] > 1e-2
+    assert (record["settings"]["iterations"], record["settings"]["epochs"]) == (4, None)
     # What is tested now is not the checkpoint that the run began with. A config may hold classes, which JSON cannot.
     resumed.cfg.test_dataloader.dataset.pipeline[0]["type"] = LoadImageFromFile
     resumed.test()

@@ -19,7 +19,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import PolyLR
 from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import DATASETS, HOOKS
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from mmengine.utils import to_2tuple
 from torch import nn
 from torch.utils.data import Dataset
@@ -217,13 +217,14 @@ class ResultRecord(Hook):
         times, _ = runner.message_hub.get_scalar("train/time").data
         batch = runner.cfg.train_dataloader.batch_size * runner.world_size
         loop, steps = runner.train_loop, runner.cfg.train_dataloader.dataset.get("pipeline", [])
+        epochs = None if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs  # that loop calls itself one epoch
         record = {
             "kind": "training",
             "status": "finished",
             "devices": runner.world_size,
             "images_per_s": batch / float(np.median(times[-done:])),
             "seed": runner.seed,
-            "settings": {"batch": batch, "epochs": loop.max_epochs, "iterations": loop.max_iters, "pipeline": steps},
+            "settings": {"batch": batch, "epochs": epochs, "iterations": loop.max_iters, "pipeline": steps},
             "starts": [self.provenance],
         }
         self._write(runner, "train", "training.json", record)
