@@ -271,9 +271,9 @@ def test_split_batch(batch, device, world, even, expected):
 def test_schedule_and_weight_decay_are_the_official_ones(pictures, tmp_path):
     """Stepped once an epoch: a linear warm-up of 5, a cosine over 300 counted from epoch 0, then 10 at the minimum."""
     keep = [setting for setting in TINY if not setting.startswith(("lr=", "epochs="))]
-    settings = [f"data_dir={pictures}", "num_classes=3", f"output={tmp_path}", *keep]
+    settings = [f"data_dir={pictures}", "num_classes=3", f"output={tmp_path}", "base_lr=0.128", *keep]
     trainer = train.Trainer(load_config([str(CONFIGS / "poolformer_s12.yaml"), *settings]), train.join())
-    peak = 1e-3 * 8 / 1024
+    peak = 0.128 * 8 / 1024
     assert trainer.epochs == 310
     for epoch in range(310):
         trainer.scheduler.step(epoch)

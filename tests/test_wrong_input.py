@@ -78,6 +78,8 @@ def copied(pictures, root):
         (["crop_pct=1.1"], r"crop_pct is 1.1 in "),
         (["interpolation=cubic"], r"interpolation is 'cubic' in .*'bicubic'"),
         (["warmup_epochs=3"], r"warmup_epochs=3 is longer than epochs=2"),
+        (["lr=1e-6", "min_lr=1e-5"], r"min_lr=1e-05 is above the learning rate 1e-06: give a smaller min_lr="),
+        (["lr=1e-6", "warmup_epochs=1", "warmup_lr=1e-5"], r"warmup_lr=1e-05 is above the learning rate 1e-06: give"),
         (["mixup_off_epoch=-1"], r"mixup_off_epoch is -1 in "),
         (["min_lr=-1"], r"min_lr is -1 in "),
         (["expected_top1=7720"], r"expected_top1 is 7720 in "),

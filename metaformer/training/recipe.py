@@ -56,7 +56,17 @@ def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int
 
     Args:
         steps: optimizer steps in an epoch.
+
+    Raises:
+        InputError: the schedule would end or begin above its largest learning rate.
     """
+    lr = optimizer.defaults["lr"]
+    used = {"min_lr": config.sched == "cosine", "warmup_lr": config.warmup_epochs > 0}
+    for name in (name for name, is_used in used.items() if is_used and getattr(config, name) > lr):
+        raise InputError(
+            f"{name}={getattr(config, name):g} is above the learning rate {lr:g}: give a smaller {name}=, or a larger "
+            "base_lr=, which counts for 1024 images of global_batch"
+        )
     return create_scheduler(config, optimizer, updates_per_epoch=steps)  # the settings have the names of timm's
 
 
