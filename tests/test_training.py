@@ -223,6 +223,13 @@ def test_a_config_goes_before_its_base(tmp_path):
     assert load_config([str(tmp_path / "mine.yaml"), "epochs=11"]).epochs == 11
 
 
+def test_the_papers_top1_is_that_of_the_model():
+    s12 = str(CONFIGS / "poolformer_s12.yaml")
+    assert load_config([s12, "epochs=30"]).expected_top1 == 77.2
+    assert load_config([s12, "model=poolformer_s24"]).expected_top1 is None
+    assert load_config([s12, "model=poolformer_s24", "expected_top1=80.3"]).expected_top1 == 80.3
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA_VISIBLE_DEVICES=0 and a GPU")
 def test_deterministic_runs_are_equal_on_a_gpu(run):
     try:

@@ -192,7 +192,10 @@ def load_config(arguments: list[str]) -> Config:
         if os.path.isdir(path):
             values = {"output": str(path), "resume": True}
             path = path / "config.yaml"
-    values = {**read_yaml(path), **values, **parse_overrides(arguments)}
+    of_file, overrides = read_yaml(path), parse_overrides(arguments)
+    if overrides.keys() & {"model", "model_args"}:
+        of_file.pop("expected_top1", None)  # that of another model
+    values = {**of_file, **values, **overrides}
     return check(values, source=f"the command line and {path}")
 
 
