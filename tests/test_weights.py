@@ -12,6 +12,7 @@ import pytest
 import timm
 import timm.models.metaformer as timm_metaformer
 import torch
+from huggingface_hub import save_torch_model
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -219,6 +220,19 @@ def test_load_weights_takes_every_format(to, wrap, tmp_path):
     assert same(loaded, model)
     with pytest.raises(InputError, match=r"another architecture.*missing"):
         metaformer.load_weights(small(depths=[1, 1, 3, 1]), tmp_path / "weights.pth")
+
+
+def test_an_averaged_model_of_pytorch(tmp_path):
+    model, loaded = randomise(small()), small()
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "weights.pth")
+    metaformer.load_weights(loaded, tmp_path / "weights.pth")
+    assert same(loaded, model)
+
+
+def test_a_folder_with_weights_in_several_files(tmp_path):
+    save_torch_model(small(), tmp_path, max_shard_size="10KB")
+    with pytest.raises(InputError, match="has its weights in several files: save it again with a larger max_shard"):
+        read_checkpoint(tmp_path)
 
 
 def test_renamed_safetensors(tmp_path):

@@ -61,6 +61,8 @@ def locate(source: str | Path) -> Path:
     if found := next((file for file in (path, *map(path.joinpath, IN_FOLDERS)) if os.path.isfile(file)), None):
         return found
     if os.path.isdir(path):
+        if (path / "model.safetensors.index.json").is_file():
+            raise InputError(f"{path} has its weights in several files: save it again with a larger max_shard_size")
         raise InputError(f"there is no checkpoint in {path}: expected a file {' or '.join(IN_FOLDERS)} there")
     raise InputError(f"there is no checkpoint {path}: give a checkpoint file or the folder of a run or model")
 

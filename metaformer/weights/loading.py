@@ -15,7 +15,7 @@ from metaformer.weights.files import read_checkpoint
 Differences = dict[str, set[str]]
 """Names of the tensors in which weights differ from a model, by kind of difference."""
 WRAPPED = re.compile(r"^(module\.|_orig_mod\.|timm_model\.)+")
-"""What DistributedDataParallel, torch.compile and transformers' TimmWrapper put before a tensor's name."""
+"""What DistributedDataParallel and AveragedModel, torch.compile, and transformers' TimmWrapper put before a name."""
 
 
 def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
@@ -23,6 +23,7 @@ def weights_of(checkpoint: dict, ema: bool = True) -> StateDict:
     and the checkpoint has it."""
     keys = ["state_dict_ema", "model_ema", "state_dict", "model"] if ema else ["state_dict", "model"]
     weights = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    weights = {name: tensor for name, tensor in weights.items() if name != "n_averaged"}  # of PyTorch's AveragedModel
     wrapped = all(WRAPPED.match(str(name)) for name in weights)
     return {WRAPPED.sub("", name): tensor for name, tensor in weights.items()} if wrapped else weights
 
