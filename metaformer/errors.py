@@ -79,13 +79,14 @@ def exit_on_input_error() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        invalid_input = isinstance(error, InputError)
-        if invalid_input and not os.environ.get("METAFORMER_TRACEBACK"):
-            print(f"error: {as_raised(error)}", file=sys.stderr)
-        else:
-            previous(kind, error, trace)
-        if invalid_input:
-            sys.exit(2)
+        if not isinstance(error, InputError):
+            return previous(kind, error, trace)
+        traced = os.environ.get("METAFORMER_TRACEBACK")
+        says = "".join(traceback.format_exception(error)) if traced else f"error: {as_raised(error)}\n"
+        # init_process_group puts a hook around this one. It replaces sys.stderr, and would lose what is written there,
+        # because this hook ends with an exception.
+        print(says, end="", file=sys.__stderr__, flush=True)
+        sys.exit(2)
 
     sys.excepthook = hook
 

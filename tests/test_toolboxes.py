@@ -627,15 +627,26 @@ def test_test_time_augmentation_flips_predictions_back(trained_segmentor, tmp_pa
     assert Config.fromfile(own).tta_pipeline == Config.fromfile(CONFIGS["fpn_poolformer-s12"]).tta_pipeline
 
 
-def test_training_without_the_data_ends_in_a_sentence(tmp_path, capsys):
-    """It names the page to get them; Python calls the hook with an error that nothing catches."""
+def test_training_without_the_data_ends_in_a_sentence(tmp_path, capfd, monkeypatch):
+    """It names the page to get them; Python calls the hook with an error that nothing catches.
+
+    PyTorch puts its own hook around that hook when the processes of several GPUs connect.
+    """
     with pytest.raises(InputError) as caught:
         tool(mmdet, "train", CONFIGS["retinanet_poolformer-s12"], *SMALL, folder=tmp_path)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        sys.excepthook(caught.type, caught.value, caught.tb)
-    assert ended.value.code == 2
-    assert re.fullmatch(r"error: there is no annotation file data/.*cocodataset.org.*\n", capsys.readouterr().err)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    torch.distributed.destroy_process_group()
+    for traced, says in (
+        ("", r"error: there is no annotation file data/.*cocodataset.org.*\n"),
+        ("1", r"Traceback .*"),
+    ):
+        monkeypatch.setenv("METAFORMER_TRACEBACK", traced)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            sys.excepthook(caught.type, caught.value, caught.tb)
+        assert ended.value.code == 2
+        assert re.fullmatch(says, capfd.readouterr().err, re.DOTALL)
     with pytest.raises(InputError, match=r"there is no picture .* in data/.*data\.csail\.mit\.edu"):
         tool(mmseg, "train", CONFIGS["fpn_poolformer-s12"], *SMALL, folder=tmp_path)
 
