@@ -65,7 +65,7 @@ def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int
     for name in (name for name, is_used in used.items() if is_used and getattr(config, name) > lr):
         raise InputError(
             f"{name}={getattr(config, name):g} is above the learning rate {lr:g}: give a smaller {name}=, or a larger "
-            "base_lr=, which counts for 1024 images of global_batch"
+            "lr=, or a larger base_lr=, which counts for 1024 images of global_batch"
         )
     return create_scheduler(config, optimizer, updates_per_epoch=steps)  # the settings have the names of timm's
 
