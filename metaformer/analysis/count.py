@@ -6,7 +6,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from timm.layers import to_ntuple
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from metaformer.analysis import baselines  # noqa: F401  (registers models of Table 2)
 from metaformer.errors import InputError
@@ -36,6 +37,9 @@ DEFAULT_SIZES = {"mmdet": (800, 1280), "mmseg": (512, 512)}
 """Height and width at which detectors and segmentors are counted, as in get_flops.py of the toolboxes."""
 PROPOSALS, MASKS = 1000, 100
 """Boxes and masks in the second stage of a counted detector, as in mmdet's get_flops.py."""
+DEVICE = "meta" if TorchVersion(torch.__version__) >= "2.14" else "cpu"
+"""Where models are traced. Operators on the meta device compute shapes only. PyTorch 2.11 cannot trace convolutions
+there."""
 COUNTED = (
     "the model must take images of this size and compute its outputs from them alone, and the second stage of a "
     "detector must be that of Faster or Mask R-CNN"
@@ -63,11 +67,11 @@ def count(model: str, size: Size | None = None) -> dict[str, Any]:
             than images or has other second stages than Faster and Mask R-CNN.
     """
     network, (channels, *size) = build_config(model, size) if model.endswith(".py") else build_timm(model, size)
-    analysis = FlopCountAnalysis(network.eval().to("meta"), torch.zeros(1, channels, *size, device="meta"))
+    analysis = FlopCountAnalysis(network.eval().to(DEVICE), torch.zeros(1, channels, *size, device=DEVICE))
     analysis.set_op_handle(*ATTENTION)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     try:
-        with on_meta_device():
+        with traceable():
             by_operator, by_module = analysis.by_operator(), analysis.by_module()
             uncounted = analysis.unsupported_ops()
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
@@ -121,7 +125,7 @@ def size_of(given: list[int]) -> Size:
 def build_timm(name: str, size: Size | None) -> tuple[nn.Module, tuple[int, int, int]]:
     """A model, and the channels, height and width of its images."""
     try:
-        with init_empty_weights():  # on the meta device, where initialisation takes no time
+        with uninitialised():
             network = create(name, None, {})
     except InputError:  # of a model that computes with its weights as it is built
         network = create(name, None, {})
@@ -132,12 +136,17 @@ def build_timm(name: str, size: Size | None) -> tuple[nn.Module, tuple[int, int,
     return network, (channels, *(size or own))
 
 
+def uninitialised() -> AbstractContextManager:
+    """Build models on the meta device if they are traced there, since initialisation then takes no time."""
+    return init_empty_weights() if DEVICE == "meta" else nullcontext()
+
+
 def build_config(path: str, size: Size | None) -> tuple[nn.Module, tuple[int, int, int]]:
     # Imported here, because counting classifiers does not need the toolboxes.
     from metaformer.mm.config import build_model, read_config
 
     config = read_config(path, DEFAULT_SIZES)
-    with init_empty_weights():
+    with uninitialised():
         model = build_model(config)
     if hasattr(model, "roi_head"):
         model.forward = partial(two_stages, model)
@@ -179,10 +188,11 @@ ATTENTION = ("aten::scaled_dot_product_attention", attention_macs)
 
 
 @contextmanager
-def on_meta_device() -> Iterator[None]:
-    """Trace a model on the meta device, where operators compute shapes only.
+def traceable() -> Iterator[None]:
+    """Replace functions that PyTorch or fvcore cannot trace.
 
-    Convolutions are called by the operator that a trace records, since PyTorch cannot trace ``F.conv2d`` here.
+    Convolutions are called by the operator that a trace records, since PyTorch cannot trace ``F.conv2d`` on the meta
+    device.
     Attention is traced in its parts, since fvcore does not know the operator that computes it at once.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
