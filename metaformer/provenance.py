@@ -65,7 +65,9 @@ def cpu_name() -> str:
 
 @cache  # because reading the metadata of every package takes 10 ms
 def installed() -> dict[str, str]:
-    return {package: found.version for package in PACKAGES for found in distributions(name=package)}
+    # Python imports the first of several versions on its path.
+    found = {package: next(iter(distributions(name=package)), None) for package in PACKAGES}
+    return {package: distribution.version for package, distribution in found.items() if distribution}
 
 
 def sha256(path: Path) -> str:

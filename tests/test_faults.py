@@ -1,5 +1,6 @@
 """Nothing lost, nothing let in: what is damaged, fails or is killed, and what a run makes of it."""
 
+import importlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 
@@ -492,6 +494,17 @@ def test_a_repository_around_an_environment_is_not_ours(tmp_path, monkeypatch):
     assert (found["commit"], found["uncommitted_changes"]) == (None, None)
     subprocess.run([*git, "add", "."], check=True)
     assert len(provenance.provenance()["commit"]) == 40
+
+
+def test_of_two_installed_versions_the_imported_one_is_recorded(tmp_path, monkeypatch):
+    for version in ("2.0", "1.0"):
+        package = tmp_path / version
+        (package / f"timm-{version}.dist-info").mkdir(parents=True)
+        (package / f"timm-{version}.dist-info/METADATA").write_text(f"Name: timm\nVersion: {version}\n")
+        (package / "timm.py").write_text(f"__version__ = {version!r}\n")
+        monkeypatch.syspath_prepend(package)
+    monkeypatch.delitem(sys.modules, "timm")
+    assert provenance.installed.__wrapped__()["timm"] == importlib.import_module("timm").__version__ == "1.0"
 
 
 def test_where_the_record_cannot_be_written_the_first_error_is_the_one_said(run, tmp_path, monkeypatch):
