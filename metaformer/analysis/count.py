@@ -192,8 +192,7 @@ def traceable() -> Iterator[None]:
     """Replace functions that PyTorch or fvcore cannot trace.
 
     Convolutions are called by the operator that a trace records, since PyTorch cannot trace ``F.conv2d`` on the meta
-    device.
-    Attention is traced in its parts, since fvcore does not know the operator that computes it at once.
+    device. Attention is traced in its parts, since fvcore does not know the operator that computes it at once.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
